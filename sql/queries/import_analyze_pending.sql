@@ -1,0 +1,2 @@
+-- Statistics of the pending rows, for the joins that follow.
+ANALYZE pg_temp.import_pending

@@ -1,0 +1,80 @@
+"""One connection, or one clear sentence why there is none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from equitie_data.errors import ConfigurationError, UnavailableError
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+__all__ = ["connect", "explain_connection_failure", "target_of"]
+
+_CONNECT_TIMEOUT = 5  # seconds
+
+# What libpq says, and what to do about it. Its messages are English in psycopg's binary wheel.
+_ADVICE = (
+    ("password authentication failed", "the password or the user is wrong"),
+    ("no password supplied", "the server wants a password: put it into the DSN or PGPASSWORD"),
+    ("no pg_hba.conf entry", "the server does not admit this user from here: see its pg_hba.conf"),
+    ("does not exist", "the database or the role does not exist"),
+    ("Connection refused", "nothing listens there: check host and port, and that the server runs"),
+    ("No such file or directory", "no server listens on that socket: check host and port"),
+    ("could not translate host name", "the host name cannot be resolved"),
+    ("failed to resolve host", "the host name cannot be resolved"),
+    ("timeout expired", "the server does not answer: check host, port and firewall"),
+    ("too many clients", "the server has no free connection: raise max_connections or shrink the pools"),
+    ("starting up", "the server is starting: try again in a moment"),
+    ("shutting down", "the server is shutting down"),
+    ("server does not support SSL", "the DSN asks for TLS, which the server does not offer"),
+)
+
+
+def target_of(dsn: str) -> str:
+    """Return what a DSN points to, without secrets: ``user@host:port/database``."""
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return "an unreadable DSN"
+    host = parts.get("host") or parts.get("hostaddr") or "the local socket"
+    port = f":{parts['port']}" if parts.get("port") else ""
+    user = f"{parts['user']}@" if parts.get("user") else ""
+    database = f"/{parts['dbname']}" if parts.get("dbname") else ""
+    return f"{user}{host}{port}{database}"
+
+
+def explain_connection_failure(dsn: str, error: BaseException) -> str:
+    """Return one sentence on why a connection could not be made, without secrets."""
+    text = str(error)
+    for pattern, advice in _ADVICE:
+        if pattern in text:
+            return f"Cannot connect to {target_of(dsn)}: {advice}."
+    # What follows "failed:" or "FATAL:" is the server's or the system's reason; the rest is libpq's framing.
+    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    reason = last.rsplit("FATAL:", 1)[-1].rsplit("failed:", 1)[-1].strip().rstrip(".")
+    return f"Cannot connect to {target_of(dsn)}: {reason}."
+
+
+def connect(dsn: str, **parameters: Any) -> Connection[Any]:
+    """Open one autocommit connection.
+
+    Args:
+        dsn: Where to.
+        parameters: Connection parameters that take precedence.
+
+    Raises:
+        ConfigurationError: The DSN cannot be read.
+        UnavailableError: There is no connection to be had; the message says why.
+    """
+    try:
+        return psycopg.connect(dsn, **{"connect_timeout": _CONNECT_TIMEOUT, "autocommit": True, **parameters})
+    except psycopg.OperationalError as error:
+        raise UnavailableError(explain_connection_failure(dsn, error)) from None
+    except psycopg.ProgrammingError:
+        raise ConfigurationError(
+            "The DSN is not a PostgreSQL connection string: write it as postgresql://user:password@host:5432/database."
+        ) from None

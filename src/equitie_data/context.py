@@ -1,0 +1,257 @@
+"""Who is acting, and in which transaction.
+
+Both live in context variables: every thread and every asyncio task has its own, so two requests served at once
+can never write each other's identity. Nothing here touches a database; the pool reads the actor and applies it
+in the prologue of every transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from contextvars import ContextVar
+from ipaddress import ip_address as parse_ip_address
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from uuid import UUID
+
+import attrs
+
+from equitie_data.errors import ConfigurationError, NoActorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from psycopg import Connection
+
+__all__ = ["Actor", "acting_as", "as_service", "bind", "current_actor", "current_transaction"]
+
+_TEXT_LIMIT = 1_000  # characters; longer header values are cut, so that a client cannot bloat the audit log
+
+
+def _text(value: object) -> str | None:
+    """Cut to size and drop NUL, which PostgreSQL cannot store."""
+    return None if value is None else str(value).replace("\x00", "")[:_TEXT_LIMIT]
+
+
+def _address(value: object) -> str | None:
+    if value is None or value == "":
+        return None
+    try:
+        return str(parse_ip_address(str(value).strip()))
+    except ValueError:
+        raise ConfigurationError(
+            "ip_address is not an IPv4 or IPv6 address: pass the client's address alone, without port or proxy list."
+        ) from None
+
+
+def _uuid(value: object) -> UUID:
+    if isinstance(value, UUID):
+        return value
+    try:
+        return UUID(str(value))
+    except ValueError:
+        raise ConfigurationError(
+            "user_id is not a UUID: pass the id of the user that the application has authenticated."
+        ) from None
+
+
+@attrs.frozen(kw_only=True)
+class Actor:
+    """On whose behalf statements run; row-level security, the audit trail and metrics all read it.
+
+    Attributes:
+        kind: ``"user"`` (under row-level security) or ``"service"`` (the application itself).
+        user_id: The authenticated user; ``None`` for the service.
+        reason: Why the service acts; ``None`` for a user.
+        tenant_id: The tenant the request belongs to.
+        ip_address: The client's address, canonical form.
+        user_agent: The client's user agent, at most 1,000 characters.
+        session_id: The web session.
+        request_id: The request, so that everything it changed can be found together.
+    """
+
+    kind: Literal["user", "service"]
+    user_id: UUID | None = None
+    reason: str | None = attrs.field(default=None, converter=_text)
+    tenant_id: str | None = attrs.field(default=None, converter=_text)
+    ip_address: str | None = attrs.field(default=None, converter=_address)
+    user_agent: str | None = attrs.field(default=None, converter=_text, repr=False)
+    session_id: str | None = attrs.field(default=None, converter=_text, repr=False)
+    request_id: str | None = attrs.field(default=None, converter=_text)
+    # The two settings every transaction carries, rendered once per actor and not once per statement.
+    claims: str = attrs.field(init=False, repr=False, eq=False)
+    context: str = attrs.field(init=False, repr=False, eq=False)
+
+    @claims.default
+    def _render_claims(self) -> str:
+        return "" if self.user_id is None else json.dumps({"sub": str(self.user_id), "role": "authenticated"})
+
+    @context.default
+    def _render_context(self) -> str:
+        facts = {
+            "actor": self.kind,
+            "user_id": None if self.user_id is None else str(self.user_id),
+            "reason": self.reason,
+            "tenant_id": self.tenant_id,
+            "ip_address": self.ip_address,
+            "user_agent": self.user_agent,
+            "session_id": self.session_id,
+            "request_id": self.request_id,
+        }
+        return json.dumps({key: value for key, value in facts.items() if value is not None}, ensure_ascii=False)
+
+
+class Transaction(Protocol):
+    """The write in progress, as subscribers see it (see `current_transaction`)."""
+
+    @property
+    def connection(self) -> Connection[Any]:
+        """The connection the operation runs on."""
+
+    @property
+    def local(self) -> dict[Any, Any]:
+        """State of this attempt alone: gone with a rollback, fresh at a retry."""
+
+    def before_commit(self, action: Callable[[Connection[Any]], None]) -> None:
+        """Run ``action`` on the same connection just before COMMIT; an error of it rolls back."""
+
+
+_actor: ContextVar[Actor | None] = ContextVar("equitie_data.actor", default=None)
+_transaction: ContextVar[Transaction | None] = ContextVar("equitie_data.transaction", default=None)
+
+
+def current_actor() -> Actor:
+    """Return who is acting in this thread or task.
+
+    Raises:
+        NoActorError: Nobody is.
+    """
+    actor = _actor.get()
+    if actor is None:
+        raise NoActorError
+    return actor
+
+
+def current_transaction() -> Transaction | None:
+    """Return the write whose operation is running in this thread or task, if there is one."""
+    return _transaction.get()
+
+
+@contextmanager
+def _bound(actor: Actor) -> Iterator[Actor]:
+    token = _actor.set(actor)
+    try:
+        yield actor
+    finally:
+        _actor.reset(token)
+
+
+@contextmanager
+def acting_as(
+    user_id: UUID | str,
+    *,
+    ip_address: str | None = None,
+    user_agent: str | None = None,
+    session_id: str | None = None,
+    request_id: str | None = None,
+    tenant_id: str | None = None,
+) -> Iterator[Actor]:
+    """Run the block's statements as a user, under row-level security.
+
+    Args:
+        user_id: The user whom the application has already authenticated. Which rights the user has is looked up
+            in the database at every transaction; nothing the client sends can raise them.
+        ip_address: The client's address, for the audit trail.
+        user_agent: The client's user agent, for the audit trail.
+        session_id: The web session, for the audit trail.
+        request_id: The request, for the audit trail.
+        tenant_id: The tenant, for the audit trail.
+
+    Raises:
+        ConfigurationError: ``user_id`` is not a UUID, or ``ip_address`` not an address.
+    """
+    with _bound(
+        Actor(
+            kind="user",
+            user_id=_uuid(user_id),
+            ip_address=ip_address,
+            user_agent=user_agent,
+            session_id=session_id,
+            request_id=request_id,
+            tenant_id=tenant_id,
+        )
+    ) as actor:
+        yield actor
+
+
+@contextmanager
+def as_service(
+    reason: str,
+    *,
+    ip_address: str | None = None,
+    user_agent: str | None = None,
+    session_id: str | None = None,
+    request_id: str | None = None,
+    tenant_id: str | None = None,
+) -> Iterator[Actor]:
+    """Run the block's statements as the application itself, past row-level security.
+
+    Args:
+        reason: Why; it is written to the audit trail with every change.
+        ip_address: As in `acting_as`; so are the other arguments.
+        user_agent: As in `acting_as`.
+        session_id: As in `acting_as`.
+        request_id: As in `acting_as`.
+        tenant_id: As in `acting_as`.
+
+    Raises:
+        ConfigurationError: ``reason`` is empty.
+    """
+    if not reason or not reason.strip():
+        raise ConfigurationError("as_service needs a reason: say in a few words why the application itself acts.")
+    with _bound(
+        Actor(
+            kind="service",
+            reason=reason,
+            ip_address=ip_address,
+            user_agent=user_agent,
+            session_id=session_id,
+            request_id=request_id,
+            tenant_id=tenant_id,
+        )
+    ) as actor:
+        yield actor
+
+
+def bind(
+    *,
+    user_id: UUID | str | None = None,
+    ip_address: str | None = None,
+    user_agent: str | None = None,
+    session_id: str | None = None,
+    request_id: str | None = None,
+    tenant_id: str | None = None,
+) -> Actor:
+    """Set the actor of this context from here on, for frameworks whose middleware cannot hold a ``with`` block.
+
+    The setting ends with the context (the thread, the task, the `contextvars.Context` a request runs in).
+    Arguments left out keep the value of the actor that is acting already.
+
+    Raises:
+        ConfigurationError: An argument has the wrong form.
+        NoActorError: There is neither a ``user_id`` nor an actor to refine.
+    """
+    given = {
+        "ip_address": ip_address,
+        "user_agent": user_agent,
+        "session_id": session_id,
+        "request_id": request_id,
+        "tenant_id": tenant_id,
+    }
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if user_id is None:
+        actor = attrs.evolve(current_actor(), **changes)
+    else:
+        actor = Actor(kind="user", user_id=_uuid(user_id), **changes)
+    _actor.set(actor)
+    return actor

@@ -1,0 +1,134 @@
+"""Whether a failed attempt may be run again, and when: decisions only, no I/O.
+
+A failure is judged by its SQLSTATE, by whether the connection survived, and by the phase the attempt had reached,
+never by its exception class: psycopg's `OperationalError` holds statement timeouts and wrong passwords as well
+as lost connections, while a read-only failover arrives as `InternalError`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, Literal
+
+import attrs
+
+__all__ = ["Action", "Decision", "Failure", "Phase", "decide"]
+
+
+class Phase(enum.Enum):
+    """How far an attempt had come when it failed."""
+
+    CHECKOUT = "checkout"
+    """No connection yet: nothing was sent."""
+    STATEMENT = "statement"
+    """Statements were sent, COMMIT was not."""
+    COMMIT = "commit"
+    """COMMIT was sent, alone or in the same trip as the statement; its reply did not arrive."""
+
+
+class Action(enum.Enum):
+    """What to do about a failure."""
+
+    RAISE = "raise"
+    RETRY = "retry"
+    """Again, after a pause."""
+    FAIL_OVER = "fail over"
+    """Again, at once, on a fresh connection; a read takes the next node."""
+    PRIMARY = "primary"
+    """Again, at once, on the primary."""
+    RESOLVE = "resolve"
+    """First find out whether the transaction committed."""
+
+
+@attrs.frozen(kw_only=True)
+class Failure:
+    """What is known of a failed attempt.
+
+    Attributes:
+        kind: Read or write.
+        phase: How far it had come.
+        sqlstate: The server's code; ``None`` when the server said nothing.
+        connection_lost: Whether the connection is unusable.
+        on_replica: Whether it ran on a replica.
+        stale_plan: Whether the server refused a cached plan (0A000 with that message).
+        in_prologue: Whether the prologue itself failed, so that nothing of the operation ran.
+    """
+
+    kind: Literal["read", "write"]
+    phase: Phase
+    sqlstate: str | None = None
+    connection_lost: bool = False
+    on_replica: bool = False
+    stale_plan: bool = False
+    in_prologue: bool = False
+
+
+@attrs.frozen
+class Decision:
+    """A verdict.
+
+    Attributes:
+        action: What to do.
+        reason: Why, for events and messages.
+        discard: Whether the connection must not go back to the pool.
+        limit: The most attempts in all for this reason; ``None`` leaves it to the policy.
+        wrong_role: The node is not what it was taken for (a primary that became a standby).
+        unprepared: The next attempt must use no prepared statement; other connections hold the same stale ones.
+    """
+
+    action: Action
+    reason: str
+    discard: bool = False
+    limit: int | None = None
+    wrong_role: bool = False
+    unprepared: bool = False
+
+
+_CONNECTION_STATES: Final = frozenset({"08000", "08001", "08003", "08006", "57P01", "57P02", "57P05"})
+_BUSY_STATES: Final = {"57P03": "the server is starting or stopping", "53300": "the server has no free connection"}
+_CONFLICT_STATES: Final = {"40001": "serialization failure", "40P01": "deadlock"}
+_STALE_STATEMENT_STATES: Final = frozenset({"26000", "42P05"})
+_AMBIGUOUS_STATES: Final = frozenset({"40003", "08007"})
+
+
+def decide(failure: Failure) -> Decision:
+    """Judge a failure.
+
+    The table is PostgreSQL's appendix "Error Codes" read for one question: is it certain that the attempt left
+    nothing behind, and could another one succeed?
+    """
+    state = failure.sqlstate
+    if state in _CONFLICT_STATES:
+        # Definite aborts, even at COMMIT. Repeating one on the same replica only raises its lag.
+        if failure.on_replica:
+            return Decision(Action.PRIMARY, f"{_CONFLICT_STATES[state]} on a replica")
+        return Decision(Action.RETRY, _CONFLICT_STATES[state])
+    if failure.in_prologue and state == "42501":
+        # An earlier operation's SET ROLE outlived its transaction; another connection has its own role still.
+        return Decision(Action.FAIL_OVER, "the connection's role was changed", discard=True, limit=2)
+    if failure.phase is Phase.COMMIT and failure.kind == "write":
+        return _decide_commit(failure)
+    if state in _AMBIGUOUS_STATES:
+        action = Action.FAIL_OVER if failure.kind == "read" else Action.RESOLVE
+        return Decision(action, "statement completion unknown", discard=True)
+    if state in _BUSY_STATES:
+        return Decision(Action.RETRY, _BUSY_STATES[state], discard=True)
+    if state in _CONNECTION_STATES or (state is None and failure.connection_lost):
+        return Decision(Action.FAIL_OVER, "connection lost", discard=True)
+    if failure.stale_plan or state in _STALE_STATEMENT_STATES:
+        return Decision(Action.FAIL_OVER, "stale prepared statement", discard=True, limit=2, unprepared=True)
+    if state == "25006" and failure.kind == "write":
+        return Decision(Action.RETRY, "the primary has become read-only", discard=True, wrong_role=True)
+    return Decision(Action.RAISE, "not transient", discard=failure.connection_lost)
+
+
+def _decide_commit(failure: Failure) -> Decision:
+    if failure.sqlstate is None or failure.sqlstate in _CONNECTION_STATES | _AMBIGUOUS_STATES:
+        return Decision(Action.RESOLVE, "the reply to COMMIT was lost", discard=True)
+    if failure.connection_lost:
+        return Decision(Action.RESOLVE, "the connection was lost during COMMIT", discard=True)
+    if failure.stale_plan or failure.sqlstate in _STALE_STATEMENT_STATES:
+        return Decision(Action.FAIL_OVER, "stale prepared statement", discard=True, limit=2, unprepared=True)
+    if failure.sqlstate == "25006":
+        return Decision(Action.RETRY, "the primary has become read-only", discard=True, wrong_role=True)
+    return Decision(Action.RAISE, "the server refused the transaction")

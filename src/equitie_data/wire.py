@@ -1,0 +1,313 @@
+"""A transaction's prologue in the same trip as its first statement.
+
+psycopg's own pipeline mode would do it, for about 100 us of client time a call; sending the same libpq pipeline
+from inside a cursor costs 3 us (measured; see docs/explanation/round-trips.md). The generators here do no I/O
+themselves: psycopg drives them, blocking or awaiting, so one source serves its blocking and its asyncio classes.
+
+This is the one module that relies on psycopg's internals, which is why the project pins psycopg's minor version.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from psycopg import Connection, Cursor, ServerCursor, errors, generators, pq
+from psycopg._preparing import Prepare
+from psycopg.adapt import Transformer
+
+from equitie_data.errors import OperationEndedTransactionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from psycopg import Copy, Pipeline, Transaction
+    from psycopg._queries import PostgresQuery
+    from psycopg.abc import Params, PQGen, Query
+    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.rows import Row as RowType
+
+    from equitie_data.prologue import Prologue
+
+__all__ = ["NodeConnection", "NodeCursor", "StatementObserver", "is_stale"]
+
+Row = TypeVar("Row")
+
+_SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
+_FATAL: Final = pq.ExecStatus.FATAL_ERROR
+_BAD: Final = pq.ConnStatus.BAD
+
+
+class StatementObserver(Protocol):
+    """What a connection calls after every statement."""
+
+    def __call__(self, sql: str, seconds: float, rows: int | None, error: BaseException | None) -> None:
+        """Take the statement's text, its duration, its row count and its error."""
+
+
+def is_stale(pgconn: PGconn) -> bool:
+    """Return whether the server has closed an idle connection, without a round trip.
+
+    A FIN or a pending FATAL makes the socket readable. One read may take the FATAL's text alone and still report
+    a good connection, so it goes on until nothing is left.
+    """
+    if pgconn.status == _BAD:
+        return True
+    poll = select.poll()
+    poll.register(pgconn.socket, select.POLLIN)
+    while poll.poll(0):
+        try:
+            pgconn.consume_input()
+            pgconn.is_busy()  # lets libpq digest what was read: a NOTIFY or a notice is no reason to drop it
+        except errors.OperationalError:
+            return True
+        if pgconn.status == _BAD:
+            return True
+    return False
+
+
+def _send(connection: PrologueCarrier, query: Prologue | PostgresQuery, wanted: Prepare, name: bytes) -> int:
+    """Queue one statement on a libpq pipeline and return how many results it will give."""
+    pgconn = connection.pgconn
+    if wanted is Prepare.NO:
+        pgconn.send_query_params(query.query, query.params, param_types=query.types, param_formats=query.formats)
+        return 1
+    if wanted is Prepare.SHOULD:
+        pgconn.send_prepare(name, query.query, param_types=query.types)
+    pgconn.send_query_prepared(name, query.params, param_formats=query.formats)
+    return 2 if wanted is Prepare.SHOULD else 1
+
+
+def _remember(connection: PrologueCarrier, query: Any, wanted: Prepare, name: bytes, result: PGresult) -> None:
+    """Tell psycopg's cache of prepared statements, once it is certain that the server has this one."""
+    prepared = connection._prepared
+    key = prepared.maybe_add_to_cache(query, wanted, name)
+    if key is not None:
+        prepared.validate(key, wanted, name, [result])
+
+
+def _exchange(connection: PrologueCarrier, opening: int) -> PQGen[list[PGresult]]:
+    """Flush a libpq pipeline, return every result up to its sync, and leave pipeline mode.
+
+    The first ``opening`` results are the prologue's; an error among them is marked as such.
+    """
+    pgconn = connection.pgconn
+    connection.prologue_failed = False
+    pgconn.pipeline_sync()
+    yield from generators.send(pgconn)
+    results: list[PGresult] = []
+    while not results or results[-1].status != _SYNC:
+        results.extend((yield from generators.fetch_many(pgconn)))
+    pgconn.exit_pipeline_mode()
+    for place, result in enumerate(results):
+        if result.status == _FATAL:
+            connection.prologue_failed = place < opening
+            raise errors.error_from_result(result, encoding=pgconn._encoding)
+    return results
+
+
+def _is_script(query: PostgresQuery) -> bool:
+    """Whether the text may hold several statements, which only the simple protocol takes."""
+    return not query.params and b";" in query.query.rstrip(b"; \t\r\n")
+
+
+class PrologueCarrier:
+    """The part of a node's connection that blocking and asyncio share."""
+
+    pgconn: PGconn
+    _prepared: Any
+    _pipeline: Any
+
+    pending: Prologue | None = None
+    """The prologue that the next statement takes along; ``None`` once it was sent."""
+    observer: StatementObserver | None = None
+    """Who hears of every statement."""
+    prologue_failed = False
+    """Whether the last error was the prologue's own."""
+    in_operation = False
+    """Whether an operation is running, which must leave the transaction to the library."""
+
+    def send_prologue_gen(self) -> PQGen[None]:
+        """Open the transaction in a trip of its own, for what cannot take the prologue along."""
+        prologue, self.pending = self.pending, None
+        if prologue is None:
+            return
+        self.pgconn.enter_pipeline_mode()
+        self.pgconn.send_query_params(prologue.begin, None)
+        wanted, name = self._prepared.get(prologue, prepare=True)
+        opening = 1 + _send(self, prologue, wanted, name)
+        results = yield from _exchange(self, opening)
+        _remember(self, prologue, wanted, name, results[-2])
+
+    def refuse_to_end(self) -> None:
+        """Refuse COMMIT and ROLLBACK by method while an operation is running.
+
+        Raises:
+            OperationEndedTransactionError: Always, during an operation.
+        """
+        if self.in_operation:
+            raise OperationEndedTransactionError(
+                "The operation called commit() or rollback() on its connection: the library commits when the "
+                "operation returns and rolls back when it raises; use conn.transaction() for a part of it."
+            )
+
+
+class PrologueRider:
+    """The part of a node's cursor that blocking and asyncio share."""
+
+    _conn: Any
+    _tx: Any
+    _query: Any
+    _last_query: Any
+    _pgconn: PGconn
+    rowcount: int
+
+    def _execute_gen(
+        self, query: Query, params: Params | None = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        connection = self._conn
+        with self.observed():
+            if connection.pending is not None and not connection._pipeline and not binary:
+                parsed = self._parse(query, params)
+                if not _is_script(parsed):
+                    prologue, connection.pending = connection.pending, None
+                    yield from self._execute_after_gen(prologue, parsed, begin=True, prepare=prepare)
+                    return
+            yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)  # type: ignore[misc]
+
+    def execute_alone_gen(self, prologue: Prologue, query: Query, params: Params | None) -> PQGen[None]:
+        """Run the prologue and one statement as a whole transaction, in one trip.
+
+        Everything up to the sync is one implicit transaction: it commits with the statement, and an error leaves
+        nothing open (PostgreSQL, "Pipelining" in the protocol's chapter on message flow).
+        """
+        with self.observed():
+            parsed = self._parse(query, params)
+            yield from self._execute_after_gen(prologue, parsed, begin=False, prepare=None)
+
+    def _parse(self, query: Query, params: Params | None) -> PostgresQuery:
+        self._reset()  # type: ignore[attr-defined]
+        self._tx = Transformer(self)  # type: ignore[arg-type]
+        return self._convert_query(query, params)  # type: ignore[attr-defined,no-any-return]
+
+    def _execute_after_gen(
+        self, prologue: Prologue, parsed: PostgresQuery, *, begin: bool, prepare: bool | None
+    ) -> PQGen[None]:
+        connection, pgconn = self._conn, self._pgconn
+        prepared = connection._prepared
+        self._query = parsed
+        pgconn.enter_pipeline_mode()
+        if begin:
+            pgconn.send_query_params(prologue.begin, None)
+        opening, opening_name = prepared.get(prologue, prepare=True)
+        before = begin + _send(connection, prologue, opening, opening_name)
+        wanted, name = prepared.get(parsed, prepare)
+        _send(connection, parsed, wanted, name)
+        results = yield from _exchange(connection, before)
+        result = results[-2]  # the last one is the sync
+        self._check_results([result])  # type: ignore[attr-defined]
+        _remember(connection, prologue, opening, opening_name, results[before - 1])
+        _remember(connection, parsed, wanted, name, result)
+        self._set_results([result])  # type: ignore[attr-defined]
+        if prepared._to_flush:
+            yield from prepared.maintain_gen(connection)
+
+    @contextmanager
+    def observed(self, count_rows: Callable[[], int] | None = None) -> Iterator[None]:
+        """Report the statement that runs inside to the connection's observer.
+
+        Args:
+            count_rows: Says how many rows it had, where the cursor does not know.
+        """
+        observer: StatementObserver | None = self._conn.observer
+        if observer is None:
+            yield
+            return
+        started = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:
+            observer(self._statement(), time.perf_counter() - started, None, error)
+            raise
+        rows = max(self.rowcount, 0) if count_rows is None else count_rows()
+        observer(self._statement(), time.perf_counter() - started, rows, None)
+
+    def _statement(self) -> str:
+        return "" if self._query is None else bytes(self._query.query).decode("utf-8", "replace")
+
+
+class NodeCursor(PrologueRider, Cursor["RowType"]):
+    """A cursor that takes its connection's pending prologue along, and reports what it ran."""
+
+    def executemany(self, *args: Any, **kwargs: Any) -> None:
+        """Run a statement for every set of parameters; reported as one."""
+        self._conn.flush_prologue()  # it opens a pipeline of its own
+        with self.observed():
+            super().executemany(*args, **kwargs)
+
+    @contextmanager
+    def copy(self, *args: Any, **kwargs: Any) -> Iterator[Copy]:
+        """Run COPY; its duration counts to the end of the block."""
+        with self.observed(), super().copy(*args, **kwargs) as copy:
+            yield copy
+
+    def stream(self, *args: Any, **kwargs: Any) -> Generator[RowType, None, None]:
+        """Run a query row by row; its duration counts to the last row taken."""
+        taken = 0
+        with self.observed(lambda: taken):
+            for row in super().stream(*args, **kwargs):
+                taken += 1
+                yield row
+
+
+class NodeServerCursor(PrologueRider, ServerCursor["RowType"]):
+    """A server-side cursor that reports its declaration."""
+
+    def _declare_gen(self, *args: Any, **kwargs: Any) -> PQGen[None]:
+        with self.observed():
+            yield from super()._declare_gen(*args, **kwargs)
+
+
+class NodeConnection(PrologueCarrier, Connection["RowType"]):
+    """A connection of a node's pool."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = NodeCursor
+        self.server_cursor_factory = NodeServerCursor
+
+    def _start_query(self) -> PQGen[None]:
+        yield from self.send_prologue_gen()
+        yield from super()._start_query()
+
+    def flush_prologue(self) -> None:
+        """Open the transaction now, for what cannot take the prologue along."""
+        if self.pending is not None:
+            with self.lock:
+                self.wait(self.send_prologue_gen())
+
+    @contextmanager
+    def transaction(self, *args: Any, **kwargs: Any) -> Iterator[Transaction]:
+        """Open a savepoint: the transaction itself is the library's."""
+        self.flush_prologue()
+        with super().transaction(*args, **kwargs) as transaction:
+            yield transaction
+
+    @contextmanager
+    def pipeline(self) -> Iterator[Pipeline]:
+        """Enter pipeline mode, the prologue first."""
+        self.flush_prologue()
+        with super().pipeline() as pipeline:
+            yield pipeline
+
+    def commit(self) -> None:
+        """Refused during an operation."""
+        self.refuse_to_end()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Refused during an operation."""
+        self.refuse_to_end()
+        super().rollback()

@@ -1,0 +1,37 @@
+"""Subscribers hear of everything and break nothing."""
+
+from __future__ import annotations
+
+from equitie_data.hooks import Hook, Hooks, NodeReadmitted
+
+
+class Deaf:
+    def on_event(self, event: object) -> None:
+        raise RuntimeError("broken hook")
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+
+    def on_event(self, event: object) -> None:
+        self.heard.append(event)
+
+
+def test_an_error_of_a_hook_is_counted_and_the_others_still_hear() -> None:
+    listener = Listener()
+    hooks = Hooks([Deaf(), listener])
+    hooks.emit(NodeReadmitted(node="a"))
+    assert hooks.errors == 1
+    assert listener.heard == [NodeReadmitted(node="a")]
+    assert isinstance(listener, Hook)
+
+
+def test_no_hooks_are_falsy_and_can_come_and_go() -> None:
+    hooks, listener = Hooks(), Listener()
+    assert not hooks
+    hooks.add(listener)
+    assert hooks
+    hooks.remove(listener)
+    hooks.remove(listener)
+    assert not hooks
