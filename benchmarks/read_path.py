@@ -17,12 +17,12 @@ from uuid import uuid4
 import psycopg
 import psycopg_pool
 import sqlalchemy
-from measuring import interleave, median_ratio, print_aim, print_table, save
 
 from equitie_data import Database, acting_as, as_service
 from equitie_data.csv_import import import_csv
 from equitie_data.sample import csv_stream
 from equitie_data.tcp_proxy import TcpProxy
+from measuring import interleave, median_ratio, print_aim, print_table, save
 
 ROWS = 100_000
 QUERY = (

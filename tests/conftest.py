@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,7 @@ pytest_plugins = ["equitie_data.testing", "pytester"]
 WANTED_MAJORS = (18, 15)
 
 _scratch = pytest.StashKey[Path]()
+_lock = pytest.StashKey[int]()
 _left_behind = pytest.StashKey[list[str]]()
 _servers = pytest.StashKey[dict[int, ServerBinaries]]()
 
@@ -43,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", before)
     scratch = Path(tempfile.mkdtemp(prefix="equitie-tests-", dir=_memory() or before)).resolve()
     scratch.chmod(0o711)
+    _remove_abandoned(scratch.parent)
+    config.stash[_lock] = os.open(scratch, os.O_RDONLY)
+    fcntl.flock(config.stash[_lock], fcntl.LOCK_EX)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     config.stash[_scratch] = scratch
 
@@ -63,6 +70,20 @@ def _memory() -> Path | None:
     memory = Path("/dev/shm")  # noqa: S108 - for mkdtemp
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30
     return memory if roomy and "TMPDIR" not in os.environ else None
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove what runs left that were killed; a run that lives holds a lock on its directory."""
+    for directory in base.glob("equitie-tests-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - directory.stat().st_mtime < 3600:
+                continue
+            descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _missing(config: pytest.Config) -> list[str]:
@@ -108,6 +129,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _scratch in config.stash and not hasattr(config, "workerinput"):
         shutil.rmtree(config.stash[_scratch], ignore_errors=True)
+        os.close(config.stash[_lock])
 
 
 def _processes_in(directory: Path) -> list[str]:

@@ -62,9 +62,13 @@ BEGIN
     RAISE EXCEPTION 'first and last must be finite dates'
       USING ERRCODE = 'invalid_parameter_value';
   END IF;
-  IF last - first > 366 * 100 THEN
-    RAISE EXCEPTION 'months from % to % were asked for: more than a century in one call is a mistyped date', first, last
-      USING ERRCODE = 'invalid_parameter_value';
+  -- Each new partition takes about thirty entries of the lock table until the transaction ends; a server as installed
+  -- has room for 600 partitions, but not for 1,200.
+  IF last - first > 366 * 50 THEN
+    RAISE EXCEPTION 'months from % to % were asked for, but one call makes at most fifty years', first, last
+      USING
+        ERRCODE = 'invalid_parameter_value',
+        HINT = 'If no date is mistyped, call once for each few years, in transactions of their own.';
   END IF;
 
   -- Two callers at once: the second waits here, then finds the months made.
@@ -242,13 +246,14 @@ COMMENT ON TABLE equitie_part.transactions_clean_default IS 'Rows of public.tran
 
 SELECT equitie_private.ensure_month_partitions(
   'public.transactions_clean',
-  -- Anything older than a century is a mistyped date; it waits in the default partition.
+  -- At most ten years back: each partition takes some thirty entries of the lock table until this transaction ends, and
+  -- a server as installed has about 6,400. Older rows wait in the default partition for ensure_month_partitions.
   greatest(
     least(
       (SELECT min(t.transaction_date) FROM public.transactions_clean_unpartitioned AS t WHERE isfinite(t.transaction_date)),
       current_date
     ),
-    (current_date - interval '98 years')::date
+    (current_date - interval '10 years')::date
   ),
   (current_date + interval '12 months')::date
 );
@@ -322,5 +327,5 @@ FOR EACH ROW
 WHEN (OLD OPERATOR(pg_catalog.*<>) NEW)
 EXECUTE FUNCTION equitie_private.set_updated_at();
 
-REVOKE ALL ON public.transactions_clean FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
+REVOKE ALL ON public.transactions_clean, equitie_part.transactions_clean_default FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 REVOKE ALL ON SEQUENCE public.transactions_clean_transaction_id_seq FROM PUBLIC, anon, authenticated, equitie_staff, service_role;

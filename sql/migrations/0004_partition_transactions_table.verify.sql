@@ -11,6 +11,11 @@ CROSS JOIN LATERAL aclexplode(n.nspacl) AS a
 WHERE n.nspname = 'equitie_part' AND a.grantee <> n.nspowner
 GROUP BY a.grantee;
 
+SELECT format('%s holds %s on the partition %s: revoke it.', CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END, a.privilege_type, c.oid::regclass)
+FROM pg_catalog.pg_class AS c
+CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+WHERE c.relnamespace = 'equitie_part'::regnamespace AND a.grantee <> c.relowner;
+
 SELECT format('The partition %s stands outside equitie_part, where its rows can be granted around the policies.', i.inhrelid::regclass)
 FROM pg_catalog.pg_inherits AS i
 INNER JOIN pg_catalog.pg_class AS c ON c.oid = i.inhrelid

@@ -583,7 +583,7 @@ REVOKE ALL ON FUNCTION equitie_private.inet_or_null(text) FROM PUBLIC, anon, aut
 REVOKE ALL ON FUNCTION equitie_private.record_audit_events(jsonb) FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 GRANT EXECUTE ON FUNCTION equitie_private.record_audit_events(jsonb) TO authenticated, equitie_staff, service_role;
 
-REVOKE ALL ON public.audit_logs FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
+REVOKE ALL ON public.audit_logs, equitie_part.audit_logs_default FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 REVOKE ALL ON SEQUENCE public.audit_logs_audit_id_seq FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 
 SELECT equitie_private.make_append_only('public.audit_logs');

@@ -4,4 +4,3 @@ SELECT
   coalesce(sum(staged.amount), 0)::text
 FROM pg_temp.import_rows AS staged
 JOIN equitie_private.imported_rows AS ledger USING (row_hash)
-WHERE staged.reason IS NULL

@@ -25,7 +25,7 @@ def configure(database_or_settings: Database | Settings | str) -> Database:
     Args:
         database_or_settings: A database, or what to make one of.
     """
-    global _default  # noqa: PLW0603 - the one default database of the process
+    global _default
     database = database_or_settings if isinstance(database_or_settings, Database) else Database(database_or_settings)
     with _lock:
         database.open()
@@ -61,9 +61,11 @@ def get_performance_monitor() -> PerformanceMonitor:
 
 
 if TYPE_CHECKING:
-    _typed: Database
-    execute_read = _typed.execute_read
-    execute_write = _typed.execute_write
+
+    def _typed() -> Database: ...
+
+    execute_read = _typed().execute_read
+    execute_write = _typed().execute_write
 else:
 
     def execute_read(*args: Any, **kwargs: Any) -> Any:

@@ -178,7 +178,7 @@ def _summary_of(text: str) -> str:
             break
         if not comment.startswith("equitie:"):
             words += comment.split()
-    return re.split(r"(?<=[.:])\s", " ".join(words), maxsplit=1)[0].rstrip(":")
+    return re.split(r"(?<=\.)\s", " ".join(words), maxsplit=1)[0]
 
 
 @functools.cache

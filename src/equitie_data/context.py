@@ -116,8 +116,8 @@ class Transaction(Protocol):
         """Run ``action`` on the same connection just before COMMIT; an error of it rolls back."""
 
 
-_actor: ContextVar[Actor | None] = ContextVar("equitie_data.actor", default=None)
-_transaction: ContextVar[Transaction | None] = ContextVar("equitie_data.transaction", default=None)
+actor_variable: ContextVar[Actor | None] = ContextVar("equitie_data.actor", default=None)
+transaction_variable: ContextVar[Transaction | None] = ContextVar("equitie_data.transaction", default=None)
 
 
 def current_actor() -> Actor:
@@ -126,7 +126,7 @@ def current_actor() -> Actor:
     Raises:
         NoActorError: Nobody is.
     """
-    actor = _actor.get()
+    actor = actor_variable.get()
     if actor is None:
         raise NoActorError
     return actor
@@ -134,16 +134,16 @@ def current_actor() -> Actor:
 
 def current_transaction() -> Transaction | None:
     """Return the write whose operation is running in this thread or task, if there is one."""
-    return _transaction.get()
+    return transaction_variable.get()
 
 
 @contextmanager
 def _bound(actor: Actor) -> Iterator[Actor]:
-    token = _actor.set(actor)
+    token = actor_variable.set(actor)
     try:
         yield actor
     finally:
-        _actor.reset(token)
+        actor_variable.reset(token)
 
 
 @contextmanager
@@ -253,5 +253,5 @@ def bind(
         actor = attrs.evolve(current_actor(), **changes)
     else:
         actor = Actor(kind="user", user_id=_uuid(user_id), **changes)
-    _actor.set(actor)
+    actor_variable.set(actor)
     return actor

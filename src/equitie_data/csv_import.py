@@ -1,6 +1,6 @@
 """``python -m equitie_data import``: a CSV file of investments into the clean tables, in one transaction.
 
-Rows are parsed and checked one by one (`equitie_data.csv_rows`), copied into a temporary table, and from there on
+Rows are parsed and checked one by one (`csv_file`, `csv_rows`), copied into a temporary table, and from there on
 treated as sets by the queries ``import_*.sql``, in this order:
 
 1. rows an earlier import brought in are duplicates;
@@ -22,8 +22,6 @@ import contextlib
 import datetime as dt
 import json
 import math
-import os
-import secrets
 import sys
 import time
 from decimal import Decimal
@@ -37,7 +35,9 @@ from psycopg.types.json import Jsonb
 from equitie_data import _sql
 from equitie_data.cli import Progress, run_cli
 from equitie_data.context import as_service, current_actor
-from equitie_data.csv_rows import FIELDS, CsvFile, Record, Rejection, RowReader, map_columns, scaled, unscaled
+from equitie_data.csv_file import CsvFile
+from equitie_data.csv_rejects import RejectsFile
+from equitie_data.csv_rows import FIELDS, Rejection, RowReader, map_columns, scaled, unscaled
 from equitie_data.database import Database
 from equitie_data.errors import ImportFileError, NoActorError
 
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from psycopg import Connection
-    from typing_extensions import Self
+
+    from equitie_data.csv_file import Record
 
 __all__ = ["ImportReport", "SupportsAdvance", "import_csv", "main"]
 
@@ -166,7 +167,7 @@ def import_csv(
         if header.problem is not None:
             raise ImportFileError(f"{name}: line {header.line}: the header {header.problem}.")
         reader = RowReader(map_columns(header.cells, columns, name=name), len(header.cells))
-        rejects_file = None if rejects is None else stack.enter_context(_RejectsFile(Path(rejects), source))
+        rejects_file = None if rejects is None else stack.enter_context(RejectsFile(Path(rejects), source))
         try:
             actor = current_actor()
         except NoActorError:
@@ -375,70 +376,6 @@ def _opened(source: Path | str | BinaryIO) -> Iterator[tuple[BinaryIO, str]]:
         raise ImportFileError(f"{source}: cannot be read: {error.strerror or type(error).__name__}.") from error
     with stream:
         yield stream, str(source)
-
-
-class _RejectsFile:
-    """Written beside its place, moved there by `publish`, gone otherwise."""
-
-    def __init__(self, path: Path, source: object) -> None:
-        self._path = path
-        self._partial: Path | None = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        if path.is_dir():
-            raise ImportFileError(f"{path}: the rejects file cannot be written: it is a directory.")
-        if isinstance(source, (str, Path)) and path.exists() and path.samefile(source):
-            raise ImportFileError(f"{path}: the rejects file would replace the file that is imported; name another.")
-        try:
-            # 0600: it holds names, addresses and amounts. O_EXCL follows no link somebody has laid out.
-            handle = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            raise ImportFileError(
-                f"{path}: the rejects file cannot be written: {error.strerror or type(error).__name__}."
-            ) from error
-        self._file = os.fdopen(handle, "w", encoding="utf-8", newline="")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._file.close()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
-
-    def write(self, header: Sequence[str], rows: Iterable[tuple[int, str, Sequence[str]]]) -> None:
-        self._file.write(_csv_line(["line", "reason", *header]))
-        for line, reason, cells in rows:
-            self._file.write(_csv_line([str(line), reason, *cells]))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def publish(self) -> None:
-        if self._partial is None:
-            return
-        # From here on the import has committed: whatever happens, the rejected rows must stay to be found.
-        partial, self._partial = self._partial, None
-        try:
-            partial.replace(self._path)
-        except OSError as error:
-            raise ImportFileError(
-                f"{self._path}: the import was committed, but its rejects file could not be moved there "
-                f"({error.strerror or type(error).__name__}); it is {partial}."
-            ) from error
-
-
-def _csv_line(cells: Iterable[str]) -> str:
-    return ",".join([_csv_cell(cell) for cell in cells]) + "\r\n"
-
-
-def _csv_cell(cell: str) -> str:
-    # A cell that starts like a formula, behind apostrophes or not, gets one more: taking one away gives the original.
-    if cell.lstrip("'")[:1] in _FORMULA_STARTS:
-        cell = f"'{cell}"
-    if any(mark in cell for mark in ',"\r\n'):
-        cell = '"' + cell.replace('"', '""') + '"'
-    return cell
-
-
-_FORMULA_STARTS: Final = frozenset("=+-@\t\r")
 
 
 def main(argv: list[str] | None = None) -> int:

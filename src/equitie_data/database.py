@@ -166,7 +166,7 @@ class Database:
     ) -> None:
         self.close()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """Start afresh in a forked child, at the next call: the parent's connections and threads are not ours."""
         self._server = None  # the parent stops it
         self.pool.after_fork()
@@ -179,7 +179,7 @@ _databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for database in list(_databases):
-        database._after_fork()
+        database.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -20,8 +20,8 @@ import attrs
 from equitie_data.cli import Progress, run_cli
 from equitie_data.connect import connect
 from equitie_data.context import acting_as, as_service
+from equitie_data.csv_file import CsvFile
 from equitie_data.csv_import import ImportReport, import_csv
-from equitie_data.csv_rows import CsvFile
 from equitie_data.database import Database
 from equitie_data.errors import EquitieDataError
 from equitie_data.hooks import OperationEnded, Retried
@@ -41,7 +41,12 @@ _READS_PER_INVESTOR: Final = 500
 _ADMIN_WRITES: Final = 200
 _INVESTOR_WRITES: Final = 50
 # Headers the demo knows how to read without being told.
-_KNOWN_COLUMNS: Final = {"company_name": "company", "investor_name": "investor", "funded_when": "date", "amount_usd": "amount"}
+_KNOWN_COLUMNS: Final = {
+    "company_name": "company",
+    "investor_name": "investor",
+    "funded_when": "date",
+    "amount_usd": "amount",
+}
 
 _NEWEST = """
 SELECT transaction_id, investor_id, transaction_date, amount
@@ -101,7 +106,9 @@ class _Outcome:
         return all(passed for _, passed in self.checks)
 
 
-def run_demo(database: Database, operator_dsn: str, source: Any, columns: dict[str, str], journal: _Journal) -> _Outcome:
+def run_demo(
+    database: Database, operator_dsn: str, source: Any, columns: dict[str, str], journal: _Journal
+) -> _Outcome:
     """Import, read and write as several people, lose a connection on the way, and check everything.
 
     Args:
@@ -163,9 +170,7 @@ def _make_users(database: Database) -> tuple[list[_Investor], UUID]:
         return database.execute_write(make, name="make users")
 
 
-def _work(
-    database: Database, operator_dsn: str, investors: list[_Investor], admin: UUID, outcome: _Outcome
-) -> int:
+def _work(database: Database, operator_dsn: str, investors: list[_Investor], admin: UUID, outcome: _Outcome) -> int:
     """Read and write as everybody at once; return how many rows were changed."""
     started = time.perf_counter()
     with ThreadPoolExecutor(len(investors) + 1) as threads:
@@ -207,9 +212,7 @@ def _portfolio(conn: Connection[Any]) -> list[int]:
     return [row[0] for row in conn.execute("SELECT DISTINCT investor_id FROM public.transactions_clean")]
 
 
-def _administer(
-    database: Database, operator_dsn: str, admin: UUID, investors: list[_Investor]
-) -> tuple[int, bool]:
+def _administer(database: Database, operator_dsn: str, admin: UUID, investors: list[_Investor]) -> tuple[int, bool]:
     """Record transactions as the admin; in the middle of one of them its backend is killed."""
     changes = 0
     attempts: list[int] = []
@@ -251,7 +254,7 @@ def _administer(
             [killed_units],
             name="demo count",
         )
-    return changes, len(attempts) == 2 and found[0][0] == 1  # noqa: PLR2004 - killed once, then through
+    return changes, len(attempts) == 2 and found[0][0] == 1
 
 
 def _look_back(database: Database, operator: Connection[Any], investors: list[_Investor], outcome: _Outcome) -> None:
@@ -358,12 +361,18 @@ def _demo_database(arguments: argparse.Namespace, journal: _Journal) -> Iterator
         with Database(Settings(dsn=arguments.dsn, min_size=_INVESTORS + 1, max_size=10), hooks=[journal]) as database:
             yield database, arguments.dsn
         return
-    kept = Path(tempfile.mkdtemp(prefix="equitie-demo-")) / "data" if arguments.keep else None
+    kept = _kept_directory() if arguments.keep else None
     database = Database.embedded(kept, hooks=[journal], min_size=_INVESTORS + 1, max_size=10)
     with database:
         yield database, database.owner_dsn
     if kept is not None:
         print(f'kept: Database.embedded("{kept}") opens it again', file=sys.stderr)
+
+
+def _kept_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="equitie-demo-"))
+    directory.chmod(0o711)  # as root the server runs under another account, which must get through to its data
+    return directory / "data"
 
 
 def _known_columns(source: Path, given: dict[str, str]) -> dict[str, str]:
@@ -381,9 +390,15 @@ def main(argv: list[str] | None = None) -> int:
         description="Start a PostgreSQL, migrate it, import investments, read and write them as several people under "
         "row-level security, kill a connection on the way, and prove that nothing was lost, doubled or leaked.",
     )
-    parser.add_argument("--data", type=Path, metavar="FILE", help="a CSV of investments (.gz too); generated if left out")
     parser.add_argument(
-        "--map", action="append", default=[], metavar="COLUMN=FIELD", help="what a column of FILE holds; may be repeated"
+        "--data", type=Path, metavar="FILE", help="a CSV of investments (.gz too); generated if left out"
+    )
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="COLUMN=FIELD",
+        help="what a column of FILE holds; may be repeated",
     )
     parser.add_argument("--rows", type=int, default=100_000, metavar="N", help="how many to generate (default 100,000)")
     parser.add_argument("--dsn", help="an empty database to use, as its owner, instead of a server of the demo's own")

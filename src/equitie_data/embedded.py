@@ -411,13 +411,14 @@ class EmbeddedServer:
     def _discard(self) -> None:
         atexit.unregister(self._stop_for_good)
         self._process, self._owner_pid = None, None
-        if self._kept is None:
-            directory = self._placed()
-            if directory.was_left_by_a_crash():
-                directory.end_processes()
+        directory = self._placed()
+        if directory.was_left_by_a_crash():
+            directory.end_processes()
+            if self._kept is None:
                 # A crash leaves shared memory to the next start. There will be none, so PostgreSQL releases it now.
                 with contextlib.suppress(EmbeddedServerError):
-                    run_program(self._bin_dir, "postgres", ["--single", "-D", directory.path, "template1"], directory)
+                    run_program(self._bin_dir, "postgres", ["--single", "-D", str(directory.path), "template1"], directory)
+        if self._kept is None:
             self._drop_slot()
         self._clear_place()
 
@@ -428,6 +429,8 @@ class EmbeddedServer:
             self._process.wait()
         if first:
             self._process = None
+            if self._directory is not None:
+                self._directory.end_processes()  # of an initdb that was interrupted, too
             self._clear_place()
 
     def _clear_place(self) -> None:

@@ -18,7 +18,7 @@ OTHER = "other"
 """The fingerprint of every statement there was no more room for."""
 
 LONGEST_STATEMENT = 4096
-"""Only this many characters of a statement are read, so that no statement costs the caller more than a millisecond."""
+"""Only this many characters of a statement are read, so that none costs more than a few milliseconds."""
 
 _SPACE = r"[ \t\r\n\f\v]"
 # A comment runs to the end of its line and no less: were it free to stop at any inner `--`, a line of dashes would take
@@ -199,7 +199,7 @@ def _spaced(tokens: list[str]) -> str:
     before = ""
     for token in tokens:
         if before and not (
-            token in (",", ")", "]", ";", ".", "::")
+            (token in (",", ")", "]", ";", ".", "::") and before != ":")
             or before in ("(", "[", ".", "::")
             or (token == "(" and _is_name(before) and before not in _KEYWORDS)
             or (token == "[" and (_is_name(before) or before == "]"))

@@ -30,7 +30,7 @@ from equitie_data.hooks import StatementEnded
 from equitie_data.monitor_storage import Measurements
 from equitie_data.query_history import QueryCounts, QueryHistory
 from equitie_data.query_report import STATEMENTS, patterns, seconds_of_window, summary, top, total_of
-from equitie_data.query_watch import MinuteKey, QueryWatch, moment
+from equitie_data.query_watch import MinuteKey, QueryWatch, moment, names_of
 from equitie_data.redaction import redacted
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ _log = structlog.get_logger(__name__)
 
 _SCHEMA_VERSION = 1
 _WRITES = re.compile(r"\s*(?:insert|update|delete|merge|copy|truncate|call|create|alter|drop)\b", re.IGNORECASE)
-_ERROR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}|[0-9A-Z]{5}")
 # The monitor's own statements run in the context of its flush: measuring them would make work out of no work.
 _unwatched: ContextVar[bool] = ContextVar("equitie_data.unwatched", default=False)
 
@@ -234,7 +233,7 @@ class PerformanceMonitor:
             self.track_cache_lookup(hit=cache_hit)
             if cache_hit:
                 return
-        sqlstate, name = _named(error)
+        sqlstate, name = names_of(error)
         kind: Kind = "write" if _WRITES.match(query_text) else "read"
         self._watch.record(query_text, kind, execution_time_ms / 1000, rows_returned, sqlstate, name, None, None)
 
@@ -437,7 +436,8 @@ class PerformanceMonitor:
             window: How far back, at most ``"24h"``; beyond the last hour by whole hours.
 
         Returns:
-            A dictionary `json.dumps` takes; its form is docs/reference/dashboard.md, under ``schema_version``.
+            A dictionary `json.dumps` takes: ``queries``, ``operations``, ``health``, ``alerts``, ``cache``, ``errors``
+            and ``metrics``, durations in milliseconds. ``schema_version`` rises when something in it changes or goes.
 
         Raises:
             ValueError: The window is not written like ``"5m"`` or ``"1h"``.
@@ -496,13 +496,3 @@ class PerformanceMonitor:
             return {"pool": {"error": type(error).__name__}, "active_connections": None}
         nodes = [node for node in pool.values() if isinstance(node, dict)]
         return {"pool": redacted(pool), "active_connections": sum(int(node.get("in_use", 0)) for node in nodes)}
-
-
-def _named(error: BaseException | str | None) -> tuple[str | None, str | None]:
-    if error is None:
-        return None, None
-    if isinstance(error, BaseException):
-        return getattr(error, "sqlstate", None), type(error).__name__
-    if _ERROR_NAME.fullmatch(error) is None:
-        return None, "unknown"
-    return (error, None) if re.fullmatch("[0-9A-Z]{5}", error) else (None, error)

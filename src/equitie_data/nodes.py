@@ -146,8 +146,8 @@ class Node:
     def _no_connection(self, busy: bool) -> UnavailableError:
         if busy:
             return CheckoutTimeoutError(
-                f"All {self._settings.max_size} connections to {self.role} {self.name} stayed in use until the deadline: "
-                "shorten transactions, or raise max_size within the server's max_connections."
+                f"All {self._settings.max_size} connections to {self.role} {self.name} stayed in use until the "
+                "deadline: shorten transactions, or raise max_size within the server's max_connections."
             )
         try:
             connect(self.dsn, connect_timeout=2).close()

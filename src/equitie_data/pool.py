@@ -19,9 +19,8 @@ import structlog
 import tenacity
 from psycopg.pq import TransactionStatus
 
-from equitie_data import context
 from equitie_data.call import Call, WriteTransaction, check_transaction_open
-from equitie_data.context import Actor
+from equitie_data.context import Actor, actor_variable, transaction_variable
 from equitie_data.errors import ConfigurationError, NoActorError, NotOpenError
 from equitie_data.health import HealthWatch
 from equitie_data.hooks import Hooks
@@ -190,9 +189,7 @@ class ConnectionPools:
             UnavailableError: No node could serve it in time.
             psycopg.Error: The server refused a statement.
         """
-        return self._run(
-            self._call("read", operation, params, name, consistency, timeout, row_factory, retry)
-        )
+        return self._run(self._call("read", operation, params, name, consistency, timeout, row_factory, retry))
 
     @overload
     def execute_write(
@@ -217,7 +214,7 @@ class ConnectionPools:
         timeout: float | None = None,
         row_factory: RowFactory[R],
         retry: bool = True,
-    ) -> list[R] | int: ...
+    ) -> list[R]: ...
     @overload
     def execute_write(
         self,
@@ -229,7 +226,7 @@ class ConnectionPools:
         timeout: float | None = None,
         row_factory: None = None,
         retry: bool = True,
-    ) -> list[tuple[Any, ...]] | int: ...
+    ) -> Any: ...
     def execute_write(
         self,
         operation: Any,
@@ -279,7 +276,7 @@ class ConnectionPools:
         row_factory: Any,
         retry: bool,
     ) -> Call:
-        actor = context._actor.get() or self._default_actor
+        actor = actor_variable.get() or self._default_actor
         if actor is None:
             raise NoActorError
         return Call(self.settings, actor, kind, operation, params, name, consistency, timeout, row_factory, retry)
@@ -343,7 +340,7 @@ class ConnectionPools:
 
     def _run_operation(self, call: Call, connection: NodeConnection[Any]) -> Any:
         transaction = WriteTransaction(connection)
-        token = context._transaction.set(transaction) if call.kind == "write" else None
+        token = transaction_variable.set(transaction) if call.kind == "write" else None
         connection.in_operation = True
         try:
             result = call.operation(connection)
@@ -354,11 +351,11 @@ class ConnectionPools:
         finally:
             connection.in_operation = False
             if token is not None:
-                context._transaction.reset(token)
+                transaction_variable.reset(token)
         if connection.pending is None:
             call.phase = Phase.COMMIT
             with connection.lock:
-                connection.wait(connection._exec_command(b"COMMIT"))
+                connection.wait(connection.command_gen(b"COMMIT"))
         return result
 
     def _roll_back(self, connection: NodeConnection[Any]) -> None:
@@ -366,7 +363,7 @@ class ConnectionPools:
         if connection.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
             try:
                 with connection.lock:
-                    connection.wait(connection._exec_command(b"ROLLBACK"))
+                    connection.wait(connection.command_gen(b"ROLLBACK"))
             except psycopg.Error:
                 connection.close()
 

@@ -7,7 +7,7 @@ setting is written every time; a leftover of the connection's last user has nowh
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
@@ -44,7 +44,7 @@ class Prologue:
     formats: None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _statement(actor_kind: Literal["user", "service"], kind: Literal["read", "write"], timed: bool) -> bytes:
     role = "equitie_private.database_role($3::pg_catalog.uuid)" if actor_kind == "user" else "$3"
     settings = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections import deque
 from datetime import datetime, timezone
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
     from equitie_data.monitor_storage import AlertChange
 
-__all__ = ["MinuteKey", "QueryWatch", "moment"]
+__all__ = ["MinuteKey", "QueryWatch", "moment", "names_of"]
 
 MinuteKey: TypeAlias = "tuple[int, str, str]"
 """Minutes since the epoch, fingerprint, kind."""
+
+_ERROR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}|[0-9A-Z]{5}")
 
 _SLOW, _ERRORS, _CACHE_MISSES = "slow_query", "error_rate", "cache_hit_rate"
 
@@ -388,3 +391,14 @@ def _emptied(queue: deque[Any]) -> list[Any]:
 def moment(seconds: float) -> str:
     """Seconds since the epoch as text, ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+
+
+def names_of(error: BaseException | str | None) -> tuple[str | None, str | None]:
+    """An error's SQLSTATE and class name; of a text, only what looks like one of them."""
+    if error is None:
+        return None, None
+    if isinstance(error, BaseException):
+        return getattr(error, "sqlstate", None), type(error).__name__
+    if _ERROR_NAME.fullmatch(error) is None:
+        return None, "unknown"
+    return (error, None) if re.fullmatch("[0-9A-Z]{5}", error) else (None, error)

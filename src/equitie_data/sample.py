@@ -22,7 +22,9 @@ _FIRST = ("Amber", "Boreal", "Cobalt", "Delta", "Ember", "Fjord", "Granite", "Ha
 _LAST = ("Analytics", "Biologics", "Capital", "Dynamics", "Energy", "Foods", "Grid", "Health", "Instruments", "Labs")
 
 
-def investments(rows: int, *, until: dt.date | None = None, seed: int = 20_260_101) -> Iterator[tuple[str, str, str, str]]:
+def investments(
+    rows: int, *, until: dt.date | None = None, seed: int = 20_260_101
+) -> Iterator[tuple[str, str, str, str]]:
     """Yield (company, investor, date, amount) tuples of text.
 
     Investors follow Zipf's law (the n-th takes part 1/n as often as the first), as investors do; rounds fall on any

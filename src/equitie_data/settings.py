@@ -75,7 +75,9 @@ def _count(_: object, attribute: attrs.Attribute[Any], value: int) -> None:
 
 def _environment(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if value not in PRESETS:
-        raise ConfigurationError(f"{attribute.name} must be one of {', '.join(PRESETS)}{_nearest(str(value), PRESETS)}.")
+        raise ConfigurationError(
+            f"{attribute.name} must be one of {', '.join(PRESETS)}{_nearest(str(value), PRESETS)}."
+        )
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -104,6 +106,15 @@ class Replica:
 
 def _replicas(values: Any) -> tuple[Replica, ...]:
     return tuple(value if isinstance(value, Replica) else Replica.parse(value) for value in values)
+
+
+def _preset_max_size(settings: Settings) -> int:
+    return PRESETS.get(settings.environment, PRESETS["development"])[1]
+
+
+def _preset_min_size(settings: Settings) -> int:
+    preset = PRESETS.get(settings.environment, PRESETS["development"])[0]
+    return min(preset, settings.max_size) if isinstance(settings.max_size, int) else preset
 
 
 @attrs.frozen(kw_only=True)
@@ -140,8 +151,8 @@ class Settings:
     dsn: str = attrs.field(repr=masked_dsn, validator=_check_dsn)
     environment: Environment = attrs.field(default="development", validator=_environment)
     replicas: tuple[Replica, ...] = attrs.field(default=(), converter=_replicas)
-    max_size: int = attrs.field(validator=_count)
-    min_size: int = attrs.field(validator=_count)
+    max_size: int = attrs.field(default=attrs.Factory(_preset_max_size, takes_self=True), validator=_count)
+    min_size: int = attrs.field(default=attrs.Factory(_preset_min_size, takes_self=True), validator=_count)
     checkout_timeout: float = attrs.field(default=30.0, validator=_positive)
     connect_timeout: float = attrs.field(default=5.0, validator=_positive)
     max_idle: float = attrs.field(default=10.0, validator=_positive)
@@ -159,15 +170,6 @@ class Settings:
     application_name: str = "equitie_data"
     enable_audit_logging: bool = True
     enable_performance_monitoring: bool = True
-
-    @max_size.default
-    def _preset_max_size(self) -> int:
-        return PRESETS.get(self.environment, (1, 5))[1]
-
-    @min_size.default
-    def _preset_min_size(self) -> int:
-        preset = PRESETS.get(self.environment, (1, 5))[0]
-        return min(preset, self.max_size) if isinstance(self.max_size, int) else preset
 
     @default_actor.validator
     def _check_default_actor(self, _: attrs.Attribute[Any], value: object) -> None:

@@ -142,7 +142,12 @@ class TcpProxy:
                 ).start()
 
     def _pump(
-        self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket, from_client: bool, turn: _Turn
+        self,
+        pair: tuple[socket.socket, socket.socket],
+        source: socket.socket,
+        sink: socket.socket,
+        from_client: bool,
+        turn: _Turn,
     ) -> None:
         try:
             while chunk := source.recv(_CHUNK):

@@ -141,6 +141,10 @@ class PrologueCarrier:
         results = yield from _exchange(self, opening)
         _remember(self, prologue, wanted, name, results[-2])
 
+    def command_gen(self, command: bytes) -> PQGen[Any]:
+        """Run a command that takes no parameters and returns no rows."""
+        return self._exec_command(command)  # type: ignore[attr-defined]
+
     def refuse_to_end(self) -> None:
         """Refuse COMMIT and ROLLBACK by method while an operation is running.
 

@@ -18,8 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from equitie_data import _sql, acting_as, as_service, csv_import
+from equitie_data import _sql, acting_as, as_service, csv_import, csv_rejects
+from equitie_data.csv_file import CsvFile
 from equitie_data.csv_import import ImportReport, import_csv, main, month_ranges
+from equitie_data.csv_rows import scaled
 from equitie_data.errors import ImportFileError
 
 if TYPE_CHECKING:
@@ -171,8 +173,9 @@ def test_rows_of_one_transaction_named_differently_are_one(database: Database, o
         line(deal="S-1", email="ada@x.org"),
         line(deal="Seed"),
         line(deal="Seed", rest=",pending,,,"),
+        line(deal="S-1", email="ada@x.org"),
     )
-    assert counts(report) == (3, 1, 2, 0)
+    assert counts(report) == (4, 1, 3, 0)
     assert owner("SELECT status FROM transactions_clean") == [("completed",)]
 
 
@@ -187,12 +190,14 @@ def test_a_transaction_that_stands_already_is_a_duplicate(database: Database, ow
     report = load(
         database,
         line(deal="Seed"),
+        line(deal="Seed"),
         line(deal="Seed", rest=",,,7.0,"),
         line(deal="Seed", rest=",,,8,"),
         line(deal="Seed", rest=",,EUR,,"),
         line(deal="Seed", date="2013-02-02"),
     )
-    assert counts(report) == (5, 3, 2, 0)
+    assert counts(report) == (6, 3, 3, 0)
+    assert report.amount_duplicates == 300
 
 
 def test_a_known_row_stays_known_when_its_transaction_is_gone(database: Database, owner: Owner) -> None:
@@ -236,10 +241,17 @@ def test_a_deal_that_cannot_be_told_rejects_its_rows(database: Database, owner: 
     owner.deal("Seed", acme)
     owner.deal("Seed", acme)
     owner.deal("Theirs", owner.company("Other"), "O-1")
-    report = load(database, line(deal="Seed"), line(deal="Seed"), line(deal="O-1"), line("New", "New", deal="O-1"))
-    assert counts(report) == (4, 0, 0, 4)
+    report = load(
+        database,
+        line(investor="Nobody", deal="Seed"),
+        line(investor="Nobody", deal="Seed"),
+        line(deal="O-1"),
+        line("New", "New", deal="O-1"),
+        line(deal="Good"),
+    )
+    assert counts(report) == (5, 1, 0, 4)
     assert report.rejected_by_reason == {"deal is ambiguous": 2, "deal belongs to another company": 2}
-    assert (report.companies_created, report.investors_created) == (0, 0)
+    assert (report.companies_created, report.deals_created, report.investors_created) == (0, 1, 1)
 
 
 # Investors
@@ -273,15 +285,16 @@ def test_money_never_goes_to_an_investor_of_another_name(database: Database, own
         line(investor="ada", email="ada@x.org"),
         line(investor="Eve", email="shared@x.org"),
         line(investor="One", email="new@x.org"),
-        line(investor="Two", email="new@x.org"),
+        line("Elsewhere", "Two", email="new@x.org", deal="Theirs"),
+        line("Known", "Good"),
     )
-    assert counts(report) == (5, 0, 0, 5)
+    assert counts(report) == (6, 1, 0, 5)
     assert report.rejected_by_reason == {
         "email belongs to another investor": 2,
         "email belongs to several investors": 1,
         "email stands with several names": 2,
     }
-    assert (report.companies_created, report.deals_created, report.investors_created) == (0, 0, 0)
+    assert (report.companies_created, report.deals_created, report.investors_created) == (1, 1, 1)
 
 
 def test_a_name_alone_must_be_unambiguous(database: Database, owner: Owner) -> None:
@@ -504,6 +517,16 @@ def test_rows_that_do_not_add_up_are_not_committed(database: Database, owner: Ow
     assert owner.state() == before
 
 
+def test_money_has_to_add_up_as_well_as_rows() -> None:
+    run = csv_import._Run(None, None, CsvFile(io.BytesIO(), "in.csv"))  # type: ignore[arg-type]
+    run.buckets["read"].add(2, scaled("3"))
+    run.buckets["inserted"].add(2, scaled("2.9999999999"))
+    with pytest.raises(ImportFileError, match=r"read 2 \(3\), inserted 2 \(2\.9999999999\)"):
+        run._check_balance()
+    run.buckets["inserted"].amount += 1
+    run._check_balance()
+
+
 def test_two_imports_at_once_insert_every_row_once(database: Database, owner: Owner) -> None:
     lines = [line(f"Company {n % 50}", f"Investor {n % 70}", amount=n + 1) for n in range(2_000)]
     start = threading.Barrier(3)
@@ -648,7 +671,7 @@ def test_rejected_rows_are_written_with_line_reason_and_all_columns(
     ],
 )
 def test_cells_are_no_formulas_and_can_be_recovered(cell: str, written: str) -> None:
-    assert csv_import._csv_cell(cell) == written
+    assert csv_rejects._cell(cell) == written
 
 
 def test_no_rejects_give_a_header_alone(database: Database, tmp_path: Path) -> None:

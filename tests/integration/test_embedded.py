@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equitie_data import embedded
@@ -189,8 +189,9 @@ def test_durability_goes_with_the_data_directory(bin_dir: Path, place: Path, kep
         assert query(server, "SHOW data_checksums") == [("on" if kept or server.major >= 18 else "off",)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50))
+@settings(max_examples=50, deadline=None)
+@example(value="back\\slash, 'quotes'\n\\n\\'")
+@given(value=st.text(st.sampled_from("\\'\"\n\r\t #=nt0") | st.characters(exclude_characters="\0", codec="utf-8")))
 def test_a_setting_is_read_as_it_was_given(server: EmbeddedServer, value: str) -> None:
     other = EmbeddedServer(bin_dir=server.bin_dir, settings={"equitie.text": value})
     text = other._settings_text
@@ -295,9 +296,11 @@ def test_backends_that_outlive_a_killed_server_do_not_hinder_its_start(bin_dir: 
     with EmbeddedServer(bin_dir=bin_dir) as server:
         with contextlib.closing(psycopg.connect(server.dsn(), autocommit=True)) as connection:
             # Computing, it does not notice the postmaster's death.
-            series = b"generate_series(1, 10000)"
-            connection.pgconn.send_query(b"SELECT count(*) FROM " + b", ".join([series] * 4))
+            series = ", ".join(f"generate_series(1, 10000) AS s{number}" for number in range(4))
+            connection.pgconn.send_query(f"SELECT count(*) FROM {series}".encode())
             busy = connection.info.backend_pid
+            while query(server, f"SELECT state FROM pg_stat_activity WHERE pid = {busy}") != [("active",)]:
+                time.sleep(0.005)
             server.kill()
             server.start()
             assert not Path(f"/proc/{busy}").exists() or b"Z" in Path(f"/proc/{busy}/stat").read_bytes()
@@ -562,7 +565,20 @@ def test_roots_server_runs_under_another_account(bin_dir: Path) -> None:
         if ON_LINUX:
             status = Path(f"/proc/{pid}/status").read_text()
             assert f"Uid:\t{account.uid}\t{account.uid}\t{account.uid}\t{account.uid}" in status
-            assert "Groups:\t \n" in status
+
+
+@root_only
+@linux_only
+def test_roots_server_has_none_of_roots_groups(bin_dir: Path) -> None:
+    script = """
+        import os, pathlib, sys
+        from equitie_data.embedded import EmbeddedServer
+        os.setgroups([0, 4])
+        with EmbeddedServer(bin_dir=sys.argv[1]) as server:
+            pid = server.data_dir.joinpath("postmaster.pid").read_text().splitlines()[0]
+            print(pathlib.Path("/proc", pid, "status").read_text())
+    """
+    assert "Groups:\t \n" in run_script(script, bin_dir)
 
 
 def test_nothing_outside_its_own_directory_changes_owner_or_mode(bin_dir: Path, place: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_thread_storm_with_random_actors_leaks_no_identity(app_dsn: str) -> No
                     elif kind == 1:
                         row = database.execute_write(lambda conn: conn.execute(WHO).fetchone())
                     elif kind == 2:
-                        row = database.execute_write(lambda conn: _raise_after(conn))
+                        row = database.execute_write(_raise_after)
                     else:
                         row = database.execute_read(lambda conn: conn.execute(WHO).fetchone())
                 except ZeroDivisionError as error:
@@ -203,7 +203,8 @@ def test_large_parameters_and_results_cross_the_pipeline(database: Database) -> 
 
 def _copy(conn: Connection[Any]) -> Any:
     with conn.cursor().copy(f"COPY ({WHO}) TO STDOUT") as copy:
-        return list(copy.rows())[0]
+        (row,) = copy.rows()
+        return row
 
 
 def _stream(conn: Connection[Any]) -> Any:
@@ -324,7 +325,9 @@ def test_an_operation_cannot_end_the_transaction_by_method(database: Database, e
 
 @pytest.mark.usefixtures("service")
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
-def test_an_operation_that_ends_the_transaction_by_sql_is_reported_and_not_repeated(database: Database, end: str) -> None:
+def test_an_operation_that_ends_the_transaction_by_sql_is_reported_and_not_repeated(
+    database: Database, end: str
+) -> None:
     runs = []
 
     def operation(conn: Connection[Any]) -> None:
@@ -401,7 +404,9 @@ def test_what_runs_before_commit_runs_in_the_same_transaction(database: Database
 
 
 @pytest.mark.usefixtures("service")
-@pytest.mark.parametrize(("state", "attempts"), [("40001", 4), ("40P01", 4), ("23505", 1), ("57014", 1), ("55P03", 1), ("22012", 1)])
+@pytest.mark.parametrize(
+    ("state", "attempts"), [("40001", 4), ("40P01", 4), ("23505", 1), ("57014", 1), ("55P03", 1), ("22012", 1)]
+)
 def test_a_transient_error_is_retried_and_any_other_is_not(
     database: Database, listener: Listener, state: str, attempts: int
 ) -> None:
@@ -433,7 +438,9 @@ def test_retry_false_makes_one_attempt(database: Database) -> None:
 
 
 @pytest.mark.usefixtures("service")
-def test_a_backend_killed_in_mid_operation_costs_no_failed_call_and_no_double(database: Database, owner_dsn: str) -> None:
+def test_a_backend_killed_in_mid_operation_costs_no_failed_call_and_no_double(
+    database: Database, owner_dsn: str
+) -> None:
     pids: list[int] = []
 
     def operation(conn: Connection[Any]) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import attrs
 import psycopg
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PEOPLE = {
     "investor_a": "investor",
@@ -77,7 +79,9 @@ class Platform:
 
     def events_after(self, mark: int, *columns: str) -> list[Any]:
         """Return the events of the audit log that came after a mark, in order."""
-        return self.rows(f"SELECT {', '.join(columns)} FROM public.audit_logs WHERE audit_id > %s ORDER BY audit_id", mark)
+        return self.rows(
+            f"SELECT {', '.join(columns)} FROM public.audit_logs WHERE audit_id > %s ORDER BY audit_id", mark
+        )
 
     def mark(self) -> int:
         """Return the number of the newest event."""
@@ -112,7 +116,13 @@ def platform(owner_dsn: str, app_dsn: str) -> Iterator[Platform]:
                 add(person, "INSERT INTO investors_clean (full_name) VALUES (%s) RETURNING investor_id", person)
             owner.execute(
                 "INSERT INTO user_profiles (user_id, email, role, investor_id, is_active) VALUES (%s, %s, %s, %s, %s)",
-                (Platform.user_id_of(person), f"{person}@example.com", role, ids.get(person), person != "inactive_admin"),
+                (
+                    Platform.user_id_of(person),
+                    f"{person}@example.com",
+                    role,
+                    ids.get(person),
+                    person != "inactive_admin",
+                ),
             )
         for letter in ("a", "b"):
             for number in range(3):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from tests.migration.conftest import Platform
 
 TODAY = dt.datetime.now(dt.timezone.utc).date()
@@ -19,7 +19,9 @@ NEXT_MONTH = (TODAY.replace(day=1) + dt.timedelta(days=32)).replace(day=1)
 
 def test_an_insert_keeps_the_whole_row_after(platform: Platform) -> None:
     mark = platform.mark()
-    key = platform.one("INSERT INTO companies_clean (company_name, founding_year) VALUES ('New', 1999) RETURNING company_id")
+    key = platform.one(
+        "INSERT INTO companies_clean (company_name, founding_year) VALUES ('New', 1999) RETURNING company_id"
+    )
 
     ((action, entity_type, entity_id, changes, source),) = platform.events_after(
         mark, "action", "entity_type", "entity_id", "changes", "source"
@@ -41,7 +43,9 @@ def test_an_update_keeps_the_columns_that_changed_on_both_sides(platform: Platfo
     assert changes == {"before": {"phone": None}, "after": {"phone": "1"}}
 
 
-@pytest.mark.parametrize("assignment", ["phone = phone", "updated_at = now() + interval '1 s'", "full_name = full_name"])
+@pytest.mark.parametrize(
+    "assignment", ["phone = phone", "updated_at = now() + interval '1 s'", "full_name = full_name"]
+)
 def test_an_update_that_changes_nothing_leaves_no_event(platform: Platform, assignment: str) -> None:
     mark = platform.mark()
     platform.owner.execute(f"UPDATE investors_clean SET {assignment}")
@@ -55,9 +59,13 @@ def test_an_update_that_changes_nothing_keeps_updated_at(platform: Platform) -> 
 
 
 def test_a_delete_keeps_the_whole_row_before(platform: Platform) -> None:
-    row = platform.one("SELECT to_jsonb(t) FROM transactions_clean t WHERE transaction_id = %s", platform.ids["transaction_a0"])
+    row = platform.one(
+        "SELECT to_jsonb(t) FROM transactions_clean t WHERE transaction_id = %s", platform.ids["transaction_a0"]
+    )
     mark = platform.mark()
-    platform.owner.execute("DELETE FROM transactions_clean WHERE transaction_id = %s", (platform.ids["transaction_a0"],))
+    platform.owner.execute(
+        "DELETE FROM transactions_clean WHERE transaction_id = %s", (platform.ids["transaction_a0"],)
+    )
     ((action, entity_id, changes),) = platform.events_after(mark, "action", "entity_id", "changes")
     assert (action, entity_id, changes) == ("DELETE", str(platform.ids["transaction_a0"]), {"before": row})
 
@@ -86,7 +94,7 @@ def test_an_upsert_is_a_create_or_an_update(platform: Platform) -> None:
         "INSERT INTO companies_clean (company_name, founding_year) VALUES ('Acme', 1950), ('Other', 1960)"
         " ON CONFLICT (company_name) DO UPDATE SET founding_year = excluded.founding_year"
     )
-    events = {action: changes for action, changes in platform.events_after(mark, "action", "changes")}
+    events = dict(platform.events_after(mark, "action", "changes"))
     assert set(events) == {"CREATE", "UPDATE"}
     assert events["CREATE"]["after"]["company_name"] == "Other"
     assert events["UPDATE"]["after"]["founding_year"] == 1950
@@ -96,7 +104,8 @@ def test_merge_inserts_updates_and_deletes(platform: Platform) -> None:
     platform.owner.execute("INSERT INTO companies_clean (company_name) VALUES ('Gone')")
     mark = platform.mark()
     platform.owner.execute(
-        "MERGE INTO companies_clean AS c USING (VALUES ('Acme', 1950), ('Gone', NULL), ('Other', 1960)) AS s (name, year)"
+        "MERGE INTO companies_clean AS c"
+        " USING (VALUES ('Acme', 1950), ('Gone', NULL), ('Other', 1960)) AS s (name, year)"
         " ON c.company_name = s.name"
         " WHEN MATCHED AND s.year IS NULL THEN DELETE"
         " WHEN MATCHED THEN UPDATE SET founding_year = s.year"
@@ -112,7 +121,9 @@ def test_copy_is_recorded(platform: Platform) -> None:
         cursor.copy("COPY transactions_clean (deal_id, investor_id, transaction_date, amount) FROM STDIN") as copy,
     ):
         for number in range(20):
-            copy.write_row((platform.ids["deal_a"], platform.ids["investor_a"], TODAY + dt.timedelta(days=number * 9), number))
+            copy.write_row(
+                (platform.ids["deal_a"], platform.ids["investor_a"], TODAY + dt.timedelta(days=number * 9), number)
+            )
     amounts = [row[0]["after"]["amount"] for row in platform.events_after(mark, "changes")]
     assert amounts == list(range(20))
 
@@ -140,7 +151,9 @@ def test_set_null_of_a_foreign_key_is_recorded(platform: Platform) -> None:
 def test_a_move_to_another_month_is_one_update(platform: Platform) -> None:
     key = platform.ids["transaction_a0"]
     mark = platform.mark()
-    platform.owner.execute("UPDATE transactions_clean SET transaction_date = %s WHERE transaction_id = %s", (NEXT_MONTH, key))
+    platform.owner.execute(
+        "UPDATE transactions_clean SET transaction_date = %s WHERE transaction_id = %s", (NEXT_MONTH, key)
+    )
     ((action, entity_id, changes),) = platform.events_after(mark, "action", "entity_id", "changes")
     assert (action, entity_id) == ("UPDATE", str(key))
     assert changes["before"]["transaction_date"] == TODAY.isoformat()
@@ -152,7 +165,9 @@ def test_many_rows_that_move_between_months_are_paired_rightly(
 ) -> None:
     add_transactions(platform, 200)
     mark = platform.mark()
-    platform.owner.execute("UPDATE transactions_clean SET transaction_date = transaction_date + 31, amount = amount + 1000")
+    platform.owner.execute(
+        "UPDATE transactions_clean SET transaction_date = transaction_date + 31, amount = amount + 1000"
+    )
     events = platform.events_after(mark, "action", "changes")
     assert [action for action, _ in events] == ["UPDATE"] * 206
     for _, changes in events:
@@ -178,7 +193,10 @@ def test_a_write_that_names_a_partition_is_recorded_once(platform: Platform, ope
     else:
         platform.owner.execute(f"DELETE FROM {partition} WHERE transaction_id = %s", (key,))
     ((action, entity_type),) = platform.events_after(mark, "action", "entity_type")
-    assert (action, entity_type) == ({"insert": "CREATE", "update": "UPDATE", "delete": "DELETE"}[operation], "transactions_clean")
+    assert (action, entity_type) == (
+        {"insert": "CREATE", "update": "UPDATE", "delete": "DELETE"}[operation],
+        "transactions_clean",
+    )
 
 
 @pytest.mark.parametrize("target", ["public.transactions_clean", "a partition"])
@@ -190,7 +208,9 @@ def test_truncate_records_every_row_once(platform: Platform, target: str) -> Non
     platform.owner.execute(f"TRUNCATE {table}")
     events = platform.events_after(mark, "entity_id", "changes", "action", "metadata")
     assert sorted((entity_id, changes["before"]) for entity_id, changes, *_ in events) == expected
-    assert {(action, json.dumps(metadata)) for *_, action, metadata in events} == {("DELETE", '{"operation": "TRUNCATE"}')}
+    assert {(action, json.dumps(metadata)) for *_, action, metadata in events} == {
+        ("DELETE", '{"operation": "TRUNCATE"}')
+    }
 
 
 def test_truncate_of_a_plain_table_records_every_row(platform: Platform) -> None:
@@ -235,8 +255,8 @@ def test_the_event_says_who_acted(platform: Platform) -> None:
     ) as conn:
         conn.execute("UPDATE companies_clean SET founding_year = 1900")
     ((actor_type, user_id, ip, agent, session, request, tenant, reason, login, xid),) = platform.events_after(
-        mark, "actor_type", "user_id", "host(ip_address)", "user_agent", "session_id", "request_id", "tenant_id", "reason",
-        "session_role", "transaction_xid::text::bigint",
+        mark, "actor_type", "user_id", "host(ip_address)", "user_agent", "session_id", "request_id", "tenant_id",
+        "reason", "session_role", "transaction_xid::text::bigint",
     )  # fmt: skip
     assert (actor_type, user_id, ip, agent) == ("user", platform.user_id_of("admin"), "203.0.113.9", "web/1")
     assert (session, request, tenant, reason) == ("s", "r", "t", None)
@@ -306,7 +326,9 @@ def test_the_log_can_be_folded_back_into_the_rows(
     platform: Platform, add_transactions: Callable[[Platform, int], None]
 ) -> None:
     add_transactions(platform, 50)
-    platform.owner.execute("UPDATE transactions_clean SET amount = amount / 3, transaction_date = transaction_date + 40")
+    platform.owner.execute(
+        "UPDATE transactions_clean SET amount = amount / 3, transaction_date = transaction_date + 40"
+    )
     platform.owner.execute("DELETE FROM transactions_clean WHERE transaction_id %% 3 = 0".replace("%%", "%"))
     platform.owner.execute("UPDATE transactions_clean SET status = 'completed', units = 1.50")
 
@@ -319,7 +341,9 @@ def test_the_log_can_be_folded_back_into_the_rows(
         else:
             state.setdefault(entity_id, {}).update(changes["after"])
     platform.owner.execute("SET TimeZone = 'UTC'")
-    rows = {row[0]: row[1] for row in platform.rows("SELECT transaction_id::text, to_jsonb(t) FROM transactions_clean t")}
+    rows = {
+        row[0]: row[1] for row in platform.rows("SELECT transaction_id::text, to_jsonb(t) FROM transactions_clean t")
+    }
     assert state == rows
 
 
@@ -329,7 +353,7 @@ def test_the_log_is_append_only_even_for_its_owner(platform: Platform, table: st
     name = f"equitie_part.audit_logs_{TODAY:%Y_%m}" if table == "a month" else table
     if "default" in name:
         platform.owner.execute(
-            "INSERT INTO audit_logs (\"timestamp\", source, actor_type, action, entity_type)"
+            'INSERT INTO audit_logs ("timestamp", source, actor_type, action, entity_type)'
             " VALUES ('2001-01-01', 'sdk', 'database', 'READ', 'x')"
         )
     platform.owner.execute("SET session_replication_role = 'replica'")
@@ -367,8 +391,8 @@ def test_a_table_with_a_composite_key_and_odd_names_can_be_tracked(platform: Pla
     platform.owner.execute("SELECT equitie_private.track('public.\"Odd %s name\"')")
     mark = platform.mark()
     platform.owner.execute("INSERT INTO public.\"Odd %s name\" VALUES (1, 'x', '{\"a\":1}')")
-    platform.owner.execute("UPDATE public.\"Odd %s name\" SET \"select\" = '{\"a\": 1}'")
-    platform.owner.execute("UPDATE public.\"Odd %s name\" SET \"select\" = '{\"a\": 2}'")
+    platform.owner.execute('UPDATE public."Odd %s name" SET "select" = \'{"a": 1}\'')
+    platform.owner.execute('UPDATE public."Odd %s name" SET "select" = \'{"a": 2}\'')
     platform.owner.execute('TRUNCATE public."Odd %s name"')
     events = platform.events_after(mark, "action", "entity_type", "entity_id")
     assert events == [(action, "Odd %s name", "x:1") for action in ("CREATE", "UPDATE", "DELETE")]
@@ -387,14 +411,20 @@ def test_a_user_records_events_only_as_themself(platform: Platform) -> None:
     mark = platform.mark()
     with platform.acting("investor_a") as conn:
         assert record(conn, {**EXPORT, "user_id": str(platform.user_id_of("admin")), "reason": "x"}, EXPORT) == 2
-    assert platform.events_after(mark, "actor_type", "user_id", "source", "reason", "metadata") == [
-        ("user", platform.user_id_of("investor_a"), "sdk", None, {"format": "csv"})
-    ] * 2
+    assert (
+        platform.events_after(mark, "actor_type", "user_id", "source", "reason", "metadata")
+        == [("user", platform.user_id_of("investor_a"), "sdk", None, {"format": "csv"})] * 2
+    )
 
 
 def test_the_service_records_events_for_users_and_itself(platform: Platform) -> None:
     mark = platform.mark()
-    login = {"action": "LOGIN", "entity_type": "user", "user_id": str(platform.user_id_of("viewer")), "ip_address": "2001:db8::1"}
+    login = {
+        "action": "LOGIN",
+        "entity_type": "user",
+        "user_id": str(platform.user_id_of("viewer")),
+        "ip_address": "2001:db8::1",
+    }
     with platform.acting(None) as conn:
         record(conn, login, {**EXPORT, "reason": "nightly"}, EXPORT, {**EXPORT, "actor_type": "user"})
     assert platform.events_after(mark, "actor_type", "user_id", "reason", "host(ip_address)") == [
@@ -426,7 +456,7 @@ def test_no_event_lies_in_the_future(platform: Platform) -> None:
     mark = platform.mark()
     with platform.acting(None) as conn:
         record(conn, {**EXPORT, "timestamp": "2999-01-01T00:00:00Z"}, {**EXPORT, "timestamp": "2001-02-03T00:00:00Z"})
-    assert platform.events_after(mark, "\"timestamp\" <= clock_timestamp()", "date_part('year', \"timestamp\")::int") == [
+    assert platform.events_after(mark, '"timestamp" <= clock_timestamp()', "date_part('year', \"timestamp\")::int") == [
         (True, TODAY.year),
         (True, 2001),
     ]

@@ -32,8 +32,8 @@ def statistics(minute: str, **figures: Any) -> dict[str, Any]:
 
 def test_statistics_of_one_minute_add_up(platform: Platform) -> None:
     first = statistics(
-        "2026-01-01T10:00:07+00:00", calls=2, errors=1, rows=5, total_ms=10.5, max_ms=9, over_1s=1, over_3s=0, over_5s=0,
-        buckets={"10": 1, "12": 1},
+        "2026-01-01T10:00:07+00:00", calls=2, errors=1, rows=5, total_ms=10.5, max_ms=9, over_1s=1, over_3s=0,
+        over_5s=0, buckets={"10": 1, "12": 1},
     )  # fmt: skip
     second = statistics(
         "2026-01-01T10:00:59+00:00", calls=3, rows=1, total_ms=1, max_ms=0.5, over_5s=2, buckets={"12": 2, "-3": 1}
@@ -79,13 +79,21 @@ def test_sketches_add_up_bucket_by_bucket_in_any_order(
 def test_system_metrics_are_appended(platform: Platform) -> None:
     metric = {"metric_name": "pool.size", "metric_value": 5, "metric_unit": "connections"}
     assert call(platform, "record_system_metrics", [metric, {**metric, "timestamp": "2026-01-01T00:00:00Z"}]) == 2
-    assert platform.rows("SELECT metric_name, metric_value, \"timestamp\" IS NOT NULL FROM system_metrics") == [
-        ("pool.size", 5.0, True)
-    ] * 2
+    assert (
+        platform.rows('SELECT metric_name, metric_value, "timestamp" IS NOT NULL FROM system_metrics')
+        == [("pool.size", 5.0, True)] * 2
+    )
 
 
 def alert(severity: str, subject: str | None = "f", **more: Any) -> dict[str, Any]:
-    return {"alert_type": "SLOW_QUERY", "severity": severity, "rule": "slow", "subject": subject, "message": "m", **more}
+    return {
+        "alert_type": "SLOW_QUERY",
+        "severity": severity,
+        "rule": "slow",
+        "subject": subject,
+        "message": "m",
+        **more,
+    }
 
 
 def test_an_open_alert_rises_and_is_not_repeated(platform: Platform) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from tests.migration.conftest import Platform
 
 ENSURE = "SELECT equitie_private.ensure_month_partitions(%s, %s, %s)"
@@ -45,7 +45,10 @@ def test_missing_months_are_made_once(platform: Platform) -> None:
         assert conn.execute(ENSURE, (TRANSACTIONS, "2013-01-31", "2013-03-01")).fetchone() == (3,)
         assert conn.execute(ENSURE, (TRANSACTIONS, "2013-01-01", "2013-04-30")).fetchone() == (1,)
         assert conn.execute(ENSURE, (TRANSACTIONS, "2013-01-01", "2013-04-30")).fetchone() == (0,)
-    assert months(platform)["equitie_part.transactions_clean_2013_02"] == ("2013-02-01 00:00:00+00", "2013-03-01 00:00:00+00")
+    assert months(platform)["equitie_part.transactions_clean_2013_02"] == (
+        "2013-02-01 00:00:00+00",
+        "2013-03-01 00:00:00+00",
+    )
     assert platform.one("SELECT obj_description('equitie_part.transactions_clean_2013_02'::regclass)")
 
 
@@ -55,7 +58,9 @@ def test_missing_months_are_made_once(platform: Platform) -> None:
         st.tuples(st.dates(dt.date(1990, 1, 1), dt.date(1993, 12, 31)), st.integers(0, 200)), min_size=1, max_size=4
     )
 )
-def test_whatever_is_asked_for_is_covered_without_gap_or_overlap(platform: Platform, spans: list[tuple[dt.date, int]]) -> None:
+def test_whatever_is_asked_for_is_covered_without_gap_or_overlap(
+    platform: Platform, spans: list[tuple[dt.date, int]]
+) -> None:
     with platform.owner.transaction(force_rollback=True):
         wanted = set()
         for first, days in spans:
@@ -107,7 +112,11 @@ def test_late_audit_events_move_although_the_log_is_append_only(platform: Platfo
     assert platform.one(ENSURE, "public.audit_logs", "2013-02-10", "2013-02-10") == 1
     assert platform.one("SELECT count(*) FROM equitie_part.audit_logs_2013_02") == 2
     for table in ("audit_logs_2013_02", "audit_logs_default"):
-        for statement in ("DELETE FROM equitie_part.{}", "TRUNCATE equitie_part.{}", "UPDATE equitie_part.{} SET action = ''"):
+        for statement in (
+            "DELETE FROM equitie_part.{}",
+            "TRUNCATE equitie_part.{}",
+            "UPDATE equitie_part.{} SET action = ''",
+        ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
                 platform.owner.execute(statement.format(table))
 
@@ -116,7 +125,8 @@ def test_a_new_month_has_everything_its_parent_has(platform: Platform) -> None:
     platform.owner.execute(ENSURE, (TRANSACTIONS, "2013-02-01", "2013-02-01"))
     partition = "equitie_part.transactions_clean_2013_02"
     triggers = platform.rows(
-        "SELECT tgname, tgenabled FROM pg_trigger WHERE tgrelid = %s::regclass AND NOT tgisinternal ORDER BY 1", partition
+        "SELECT tgname, tgenabled FROM pg_trigger WHERE tgrelid = %s::regclass AND NOT tgisinternal ORDER BY 1",
+        partition,
     )
     assert triggers == [
         ("audit_delete", "A"),
@@ -125,12 +135,21 @@ def test_a_new_month_has_everything_its_parent_has(platform: Platform) -> None:
         ("audit_update", "A"),
         ("set_updated_at", "O"),
     ]
-    assert platform.one("SELECT count(*) FROM pg_index WHERE indrelid = %s::regclass AND indisvalid", partition) == platform.one(
-        "SELECT count(*) FROM pg_index WHERE indrelid = 'transactions_clean'::regclass"
+    assert platform.one(
+        "SELECT count(*) FROM pg_index WHERE indrelid = %s::regclass AND indisvalid", partition
+    ) == platform.one("SELECT count(*) FROM pg_index WHERE indrelid = 'transactions_clean'::regclass")
+    foreign_keys = (
+        "SELECT conname FROM pg_constraint WHERE conrelid = %s::regclass AND contype IN ('c', 'f') ORDER BY 1"
     )
-    foreign_keys = "SELECT conname FROM pg_constraint WHERE conrelid = %s::regclass AND contype IN ('c', 'f') ORDER BY 1"
     assert platform.rows(foreign_keys, partition) == platform.rows(foreign_keys, TRANSACTIONS)
-    assert platform.one("SELECT count(*) FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = %s::regclass AND a.grantee <> c.relowner", partition) == 0
+    assert (
+        platform.one(
+            "SELECT count(*) FROM pg_class c, aclexplode(c.relacl) a"
+            " WHERE c.oid = %s::regclass AND a.grantee <> c.relowner",
+            partition,
+        )
+        == 0
+    )
 
 
 def test_two_callers_at_once_make_every_month_once(platform: Platform, owner_dsn: str) -> None:
@@ -167,7 +186,9 @@ def test_a_partition_made_by_hand_that_cuts_a_month_is_named(platform: Platform,
     platform.owner.execute(
         f"CREATE TABLE equitie_part.by_hand PARTITION OF transactions_clean FOR VALUES FROM ('{first}') TO ('{last}')"
     )
-    with pytest.raises(psycopg.errors.InvalidObjectDefinition, match=r"partition equitie_part\.by_hand .* 2013-02-01 to 2013-03-01"):
+    with pytest.raises(
+        psycopg.errors.InvalidObjectDefinition, match=r"partition equitie_part\.by_hand .* 2013-02-01 to 2013-03-01"
+    ):
         platform.owner.execute(ENSURE, (TRANSACTIONS, "2013-02-01", "2013-02-01"))
 
 

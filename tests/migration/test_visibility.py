@@ -12,8 +12,20 @@ if TYPE_CHECKING:
     from tests.migration.conftest import Platform
 
 DENIED = "denied"
-TABLES = ("companies_clean", "deals_clean", "investors_clean", "transactions_clean", "user_profiles", "audit_logs", "query_stats")
+TABLES = (
+    "companies_clean",
+    "deals_clean",
+    "investors_clean",
+    "transactions_clean",
+    "user_profiles",
+    "audit_logs",
+    "query_stats",
+)
 MONITORING = ("query_stats", "query_metrics", "system_metrics", "performance_alerts")
+
+INSERT_STATISTICS = (
+    "INSERT INTO query_stats (minute, worker, fingerprint, query_text, operation) VALUES (now(), 'w', 'f', 'q', 'read')"
+)
 
 # Rows of TABLES that each person sees, of 1 company, 2 deals, 2 investors, 6 transactions, 9 profiles.
 SEES: dict[str, tuple[int | str, ...]] = {
@@ -42,9 +54,7 @@ def count(platform: Platform, person: str | None, table: str) -> int | str:
 
 @pytest.mark.parametrize("person", SEES)
 def test_what_a_person_sees(platform: Platform, person: str) -> None:
-    platform.owner.execute(
-        "INSERT INTO query_stats (minute, worker, fingerprint, query_text, operation) VALUES (now(), 'w', 'f', 'q', 'read')"
-    )
+    platform.owner.execute(INSERT_STATISTICS)
     assert tuple(count(platform, person, table) for table in TABLES) == SEES[person]
 
 
@@ -54,7 +64,9 @@ def test_the_service_sees_everything(platform: Platform) -> None:
 
 def test_an_investor_sees_only_their_own_rows(platform: Platform) -> None:
     with platform.acting("investor_a") as conn:
-        assert conn.execute("SELECT DISTINCT investor_id FROM transactions_clean").fetchall() == [(platform.ids["investor_a"],)]
+        assert conn.execute("SELECT DISTINCT investor_id FROM transactions_clean").fetchall() == [
+            (platform.ids["investor_a"],)
+        ]
         assert conn.execute("SELECT deal_id FROM deals_clean").fetchall() == [(platform.ids["deal_a"],)]
         assert conn.execute("SELECT investor_id FROM investors_clean").fetchall() == [(platform.ids["investor_a"],)]
         assert conn.execute("SELECT user_id FROM user_profiles").fetchall() == [(platform.user_id_of("investor_a"),)]
@@ -91,7 +103,8 @@ WRITES = {
     "insert a company": "INSERT INTO companies_clean (company_name) VALUES ('New')",
     "update companies": "UPDATE companies_clean SET founding_year = 1999",
     "delete companies": "DELETE FROM companies_clean WHERE company_id < 0",
-    "insert a transaction": "INSERT INTO transactions_clean (deal_id, investor_id, transaction_date, amount) VALUES (1, 1, '2020-01-01', 1)",
+    "insert a transaction": "INSERT INTO transactions_clean (deal_id, investor_id, transaction_date, amount)"
+    " VALUES (1, 1, '2020-01-01', 1)",
     "update transactions": "UPDATE transactions_clean SET amount = 7",
     "delete transactions": "DELETE FROM transactions_clean",
     "truncate transactions": "TRUNCATE transactions_clean",
@@ -102,10 +115,11 @@ WRITES = {
     "update emails": "UPDATE investors_clean SET primary_email = NULL",
     "become admin": "UPDATE user_profiles SET role = 'admin'",
     "insert a profile": "INSERT INTO user_profiles (user_id, email) VALUES (gen_random_uuid(), 'x')",
-    "insert an event": "INSERT INTO audit_logs (source, actor_type, action, entity_type) VALUES ('sdk', 'user', 'READ', 'x')",
+    "insert an event": "INSERT INTO audit_logs (source, actor_type, action, entity_type)"
+    " VALUES ('sdk', 'user', 'READ', 'x')",
     "update the log": "UPDATE audit_logs SET action = 'x'",
     "delete the log": "DELETE FROM audit_logs",
-    "insert statistics": "INSERT INTO query_stats (minute, worker, fingerprint, query_text, operation) VALUES (now(), 'w', 'f', 'q', 'read')",
+    "insert statistics": INSERT_STATISTICS,
     "delete statistics": "DELETE FROM query_metrics",
 }  # fmt: skip
 ADMIN = {
@@ -146,7 +160,9 @@ def test_what_a_person_may_write(platform: Platform, person: str | None) -> None
 
 def test_an_investor_cannot_reach_another_one(platform: Platform) -> None:
     with platform.acting("investor_a") as conn:
-        written = conn.execute("UPDATE investors_clean SET phone = '1' WHERE investor_id = %s", (platform.ids["investor_b"],))
+        written = conn.execute(
+            "UPDATE investors_clean SET phone = '1' WHERE investor_id = %s", (platform.ids["investor_b"],)
+        )
         assert written.rowcount == 0
 
 
@@ -191,9 +207,7 @@ def test_database_role_of_nobody_is_anon(platform: Platform) -> None:
 
 
 def test_an_investors_query_uses_the_index_and_asks_once_who_they_are(platform: Platform) -> None:
-    platform.owner.execute(
-        "INSERT INTO investors_clean (full_name) SELECT 'i' || g FROM generate_series(1, 300) AS g"
-    )
+    platform.owner.execute("INSERT INTO investors_clean (full_name) SELECT 'i' || g FROM generate_series(1, 300) AS g")
     platform.owner.execute(
         "INSERT INTO transactions_clean (deal_id, investor_id, transaction_date, amount)"
         " SELECT %s, i.investor_id, date_trunc('month', current_date)::date + g %% 28, g"
@@ -216,9 +230,7 @@ def test_an_investors_query_uses_the_index_and_asks_once_who_they_are(platform: 
 
 
 def test_the_hourly_view_is_read_by_auditors_and_the_service_only(platform: Platform) -> None:
-    platform.owner.execute(
-        "INSERT INTO query_stats (minute, worker, fingerprint, query_text, operation) VALUES (now(), 'w', 'f', 'q', 'read')"
-    )
+    platform.owner.execute(INSERT_STATISTICS)
     with platform.acting(None) as conn:
         conn.execute("SELECT equitie_private.refresh_query_stats_hourly()")
     query = "SELECT count(*) FROM equitie_private.query_stats_by_hour('-infinity')"

@@ -36,13 +36,13 @@ def test_an_actor_ends_with_its_block_and_blocks_nest() -> None:
 
 def test_the_settings_sent_with_every_transaction() -> None:
     user = UUID("11111111-2222-3333-4444-555555555555")
-    with acting_as(str(user), ip_address=" ::FFFF:0:1 ", tenant_id="t") as actor:
+    with acting_as(str(user), ip_address=" 2001:DB8::0:1 ", tenant_id="t") as actor:
         assert json.loads(actor.claims) == {"sub": str(user), "role": "authenticated"}
         assert json.loads(actor.context) == {
             "actor": "user",
             "user_id": str(user),
             "tenant_id": "t",
-            "ip_address": "::ffff:0:1",
+            "ip_address": "2001:db8::1",
         }
     with as_service("nightly") as actor:
         assert actor.claims == ""

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from equitie_data.csv_file import RECORD_CHARACTERS, CsvFile, Record
 from equitie_data.csv_rows import (
     FIELDS,
-    RECORD_CHARACTERS,
-    CsvFile,
-    Record,
     Rejection,
     RowReader,
     StagedRow,

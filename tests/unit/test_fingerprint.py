@@ -54,34 +54,13 @@ _constants = st.builds(
         f"$${CANARY}$$",
         f"E'a'\n'\\'{CANARY}'",
         f"E'a' -- it's\n  '\\' {CANARY}'",
-        f"%({CANARY})s",
         f"12{CANARY}",
         f"1_000.{CANARY}",
     ]
 )
 _words = st.sampled_from(
-    [
-        "select",
-        "a",
-        "in",
-        "(",
-        ")",
-        ",",
-        "values",
-        "array",
-        "[",
-        "]",
-        "=",
-        "-",
-        "+",
-        "*",
-        "::int",
-        ".",
-        ";",
-        "null",
-        '"Q"',
-    ]
-    + ["where", "x", "?|", "->>", "@", "%s", "$1", "%(v)s", "1", "-1.5e-3", "0x1F", "true", "'it''s'", "<>", ":=", ":"]
+    'select a in ( ) , values array [ ] = - + * ::int . ; null "Q" where x ?| ->> @ %s $1 %(v)s 1 -1.5e-3 0x1F true'
+    " 'it''s' <> := :".split()
 )
 # A comma after each constant: behind a line break a string would go on under the rules of the one before it.
 _statements = st.lists(_words | _constants.map(lambda constant: f"{constant} ,"), max_size=25).map(" ".join)
@@ -97,7 +76,6 @@ def test_no_constant_survives(sql: str) -> None:
 @given(_statements, st.integers(min_value=0, max_value=400))
 def test_no_constant_survives_where_the_statement_is_cut(sql: str, length: int) -> None:
     cut = sql[:length]
-    # What is left of a cut `E'...` or `$tag$` is still recognised; only whole canaries could be told from words.
     assert CANARY not in normalise(cut)
 
 

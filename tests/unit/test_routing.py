@@ -12,7 +12,12 @@ from equitie_data.routing import ReplicaHealth, read_order
 health = st.builds(ReplicaHealth, ejected=st.booleans(), lag_seconds=st.floats(0, 60))
 
 
-@given(st.lists(health, max_size=6), st.integers(0, 10_000), st.sampled_from(["session", "eventual", "strong"]), st.booleans())
+@given(
+    st.lists(health, max_size=6),
+    st.integers(0, 10_000),
+    st.sampled_from(["session", "eventual", "strong"]),
+    st.booleans(),
+)
 def test_only_healthy_replicas_that_keep_up_are_chosen(
     replicas: list[ReplicaHealth], turn: int, consistency: str, wrote: bool
 ) -> None:
@@ -27,7 +32,8 @@ def test_only_healthy_replicas_that_keep_up_are_chosen(
 def test_healthy_replicas_share_the_reads_evenly(count: int, start: int) -> None:
     replicas = [ReplicaHealth() for _ in range(count)]
     first = Counter(
-        read_order("eventual", replicas, turn=turn, wrote=False, max_lag=1.0)[0] for turn in range(start, start + 10 * count)
+        read_order("eventual", replicas, turn=turn, wrote=False, max_lag=1.0)[0]
+        for turn in range(start, start + 10 * count)
     )
     assert set(first.values()) == {10}
 

@@ -15,7 +15,9 @@ from equitie_data.settings import PRESETS, Replica, Settings, masked_dsn
 DSN = "postgresql://app:s3cret@db.example:5432/equitie"
 
 
-@pytest.mark.parametrize(("environment", "sizes"), [("development", (1, 5)), ("staging", (3, 10)), ("production", (10, 50))])
+@pytest.mark.parametrize(
+    ("environment", "sizes"), [("development", (1, 5)), ("staging", (3, 10)), ("production", (10, 50))]
+)
 def test_presets_choose_the_pool_size(environment: str, sizes: tuple[int, int]) -> None:
     settings = Settings.from_env({"DATABASE_URL": DSN, "EQUITIE_ENV": environment})
     assert (settings.min_size, settings.max_size) == sizes == PRESETS[environment]
@@ -62,7 +64,11 @@ def test_settings_are_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("EQUITIE_MAX_SIZ", "EQUITIE_MAX_SIZE"), ("EQUITIE_STATEMENT_TIMOUT", "EQUITIE_STATEMENT_TIMEOUT"), ("EQUITIE_PGBIN", "EQUITIE_PG_BIN")],
+    [
+        ("EQUITIE_MAX_SIZ", "EQUITIE_MAX_SIZE"),
+        ("EQUITIE_STATEMENT_TIMOUT", "EQUITIE_STATEMENT_TIMEOUT"),
+        ("EQUITIE_PGBIN", "EQUITIE_PG_BIN"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_right_one(name: str, meant: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{name} is not a setting; did you mean {meant}\?"):
