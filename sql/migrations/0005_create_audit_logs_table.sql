@@ -311,42 +311,60 @@ BEGIN
     FROM new_rows AS n;
 
   ELSIF TG_OP = 'UPDATE' THEN
-    -- Old and new rows are paired by their place: both tables are filled row by row, and a key may itself have changed.
-    -- A FULL JOIN cannot become a nested loop, which a plan cached for one row would be for the next twenty thousand.
-    INSERT INTO public.audit_logs (
-      "timestamp", source, actor_type, user_id, tenant_id, action, entity_type, entity_id, changes, metadata,
-      ip_address, user_agent, session_id, request_id, reason
-    )
-    SELECT
-      happened_at, 'trigger', acting.actor_type, acting.user_id, acting.tenant_id, 'UPDATE', %3$L, d.entity_id,
-      jsonb_build_object('before', d.before, 'after', d.after), acting.metadata,
-      acting.ip_address, acting.user_agent, acting.session_id, acting.request_id, acting.reason
-    FROM (
-      SELECT
-        p.entity_id,
-        p.row_before - p.unchanged AS before,
-        p.row_after - p.unchanged AS after
+    -- Most updates change one row, for which pairing costs more than all the rest.
+    IF (SELECT count(*) FROM (SELECT FROM new_rows LIMIT 2) AS few) = 1 THEN
+      %8$s
       FROM (
         SELECT
-          coalesce(%5$s, %4$s) AS entity_id,
-          o.audit$row AS row_before,
-          n.audit$row AS row_after,
-          ARRAY[
-            %6$s
-          ] AS unchanged
+          p.entity_id,
+          p.row_before - p.unchanged AS before,
+          p.row_after - p.unchanged AS after
         FROM (
-          SELECT r.*, to_jsonb(r) AS audit$row, row_number() OVER () AS audit$place
-          FROM old_rows AS r
-        ) AS o
-        FULL JOIN (
-          SELECT r.*, to_jsonb(r) AS audit$row, row_number() OVER () AS audit$place
-          FROM new_rows AS r
-        ) AS n ON n.audit$place = o.audit$place
+          SELECT
+            %5$s AS entity_id,
+            to_jsonb(o) AS row_before,
+            to_jsonb(n) AS row_after,
+            ARRAY[
+              %6$s
+            ] AS unchanged
+          FROM old_rows AS o
+          CROSS JOIN new_rows AS n
+          OFFSET 0
+        ) AS p
         OFFSET 0
-      ) AS p
-      OFFSET 0
-    ) AS d
-    WHERE (d.after - 'updated_at') IS DISTINCT FROM '{}'::jsonb;
+      ) AS d
+      WHERE (d.after - 'updated_at') IS DISTINCT FROM '{}'::jsonb;
+    ELSE
+      -- Old and new rows are paired by their place: both tables are filled row by row, and a key may itself have changed.
+      -- A FULL JOIN cannot become a nested loop, which a plan cached for two rows would be for the next thousands.
+      %8$s
+      FROM (
+        SELECT
+          p.entity_id,
+          p.row_before - p.unchanged AS before,
+          p.row_after - p.unchanged AS after
+        FROM (
+          SELECT
+            coalesce(%5$s, %4$s) AS entity_id,
+            o.audit$row AS row_before,
+            n.audit$row AS row_after,
+            ARRAY[
+              %6$s
+            ] AS unchanged
+          FROM (
+            SELECT r.*, to_jsonb(r) AS audit$row, row_number() OVER () AS audit$place
+            FROM old_rows AS r
+          ) AS o
+          FULL JOIN (
+            SELECT r.*, to_jsonb(r) AS audit$row, row_number() OVER () AS audit$place
+            FROM new_rows AS r
+          ) AS n ON n.audit$place = o.audit$place
+          OFFSET 0
+        ) AS p
+        OFFSET 0
+      ) AS d
+      WHERE (d.after - 'updated_at') IS DISTINCT FROM '{}'::jsonb;
+    END IF;
 
   ELSIF TG_OP = 'DELETE' THEN
     INSERT INTO public.audit_logs (
@@ -400,6 +418,15 @@ $body$
         ' $5, $6, $7, $8, $9, $10 FROM ONLY ',
         root_name,
         id_before
+      ),
+      format(
+        'INSERT INTO public.audit_logs ('
+        '"timestamp", source, actor_type, user_id, tenant_id, action, entity_type, entity_id, changes, metadata,'
+        ' ip_address, user_agent, session_id, request_id, reason)'
+        ' SELECT happened_at, ''trigger'', acting.actor_type, acting.user_id, acting.tenant_id, ''UPDATE'', %L, d.entity_id,'
+        ' jsonb_build_object(''before'', d.before, ''after'', d.after), acting.metadata,'
+        ' acting.ip_address, acting.user_agent, acting.session_id, acting.request_id, acting.reason',
+        root_name
       )
     );
     EXECUTE format(

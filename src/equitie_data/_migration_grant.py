@@ -18,7 +18,12 @@ __all__ = ["DATABASE_ROLES", "grant_login"]
 
 DATABASE_ROLES = ("anon", "authenticated", "equitie_staff", "service_role")
 
-_LOGIN_FUNCTIONS = ("equitie_private.database_role(uuid)",)
+_LOGIN_FUNCTIONS = (
+    "equitie_private.database_role(uuid)",
+    "equitie_private.claim_idempotency_key(text, text, text)",
+    "equitie_private.store_idempotent_result(text, text)",
+    "equitie_private.idempotent_result(text, text)",
+)
 _FIRST_VERSION_WITH_GRANT_OPTIONS = 160000
 _ATTEMPTS = 5
 

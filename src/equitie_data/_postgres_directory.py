@@ -115,9 +115,9 @@ class DataDirectory:
         lines = self._lock_file()
         return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() in {"ready", "standby"}
 
-    def was_left_by_a_crash(self) -> bool:
-        """Whether a server left its lock file behind."""
-        return bool(self._lock_file())
+    def was_left_by(self, pid: int) -> bool:
+        """Whether the dead server of that process id, and not one started since, left its lock file behind."""
+        return self._lock_file()[:1] == [str(pid)]
 
     def forget_dead_server(self) -> None:
         """Remove a dead server's lock file.

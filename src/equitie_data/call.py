@@ -8,22 +8,30 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, Literal
+from uuid import uuid4
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
+from equitie_data.context import WalPosition, position_variable, remember_position
 from equitie_data.errors import (
+    CheckoutTimeoutError,
     CommitOutcomeUnknown,
     ConfigurationError,
     EquitieDataError,
     OperationEndedTransactionError,
     ReadOnlyError,
+    ResultLostError,
     SwallowedErrorError,
     TransactionError,
     UnavailableError,
 )
-from equitie_data.hooks import OperationEnded, OperationStarted, Retried, StatementEnded
+from equitie_data.hooks import CommitResolved, OperationEnded, OperationStarted, Retried, StatementEnded
+from equitie_data.prologue import IdempotencyClaim, Prologue, prologue_for
+from equitie_data.resolve import Evidence
+from equitie_data.results import NotStorable, dumps, loads
 from equitie_data.retry import Action, Decision, Failure, Phase, decide
 
 if TYPE_CHECKING:
@@ -39,7 +47,14 @@ if TYPE_CHECKING:
     from equitie_data.settings import Settings
     from equitie_data.wire import PrologueCarrier, StatementObserver
 
-__all__ = ["Call", "WriteTransaction", "check_transaction_open"]
+__all__ = ["Call", "WriteTransaction", "call_variable", "check_transaction_open"]
+
+_KEY_LIMIT: Final = 255  # characters
+_GRACE: Final = 2.0  # seconds a client waits beyond the server's own time limit
+_SUSPICIOUS_AFTER: Final = 1.0  # seconds of silence after which a replica is probed
+_ONE_TRIP_FROM: Final = 0.0002  # seconds a trip must take for a write to be worth a marker instead of a second trip
+
+call_variable: ContextVar[Call | None] = ContextVar("equitie_data.call", default=None)
 
 
 class Call:
@@ -48,16 +63,21 @@ class Call:
     __slots__ = (
         "actor",
         "attempt",
+        "claim",
         "connection",
         "consistency",
         "deadline",
         "decision",
+        "evidence",
+        "idempotency_key",
         "kind",
         "name",
         "node",
         "operation",
         "params",
         "phase",
+        "position",
+        "result",
         "retry",
         "row_factory",
         "settings",
@@ -78,7 +98,14 @@ class Call:
         timeout: float | None,
         row_factory: Any,
         retry: bool,
+        idempotency_key: str | None = None,
     ) -> None:
+        if idempotency_key is not None and not (
+            isinstance(idempotency_key, str) and 0 < len(idempotency_key) <= _KEY_LIMIT and "\x00" not in idempotency_key
+        ):
+            raise ConfigurationError("idempotency_key must be text of 1 to 255 characters: name the write by its request.")
+        if idempotency_key is not None and idempotency_key.startswith("auto:"):
+            raise ConfigurationError('idempotency_key must not begin with "auto:": the library names its own so.')
         if params is not None and callable(operation):
             raise ConfigurationError("params belong to SQL: a callable takes its own, for example through a lambda.")
         self.settings = settings
@@ -92,6 +119,15 @@ class Call:
         self.retry = retry
         self.started = time.monotonic()
         self.deadline = self.started + (settings.call_timeout if timeout is None else timeout)
+        outer = call_variable.get()
+        if outer is not None:
+            # A call inside an operation has no more time than the operation.
+            self.deadline = min(self.deadline, outer.deadline)
+        self.idempotency_key = idempotency_key
+        self.claim: IdempotencyClaim | None = None
+        self.evidence: Evidence | None = None
+        self.result: Any = None
+        self.position: WalPosition | None = None
         # An explicit timeout bounds the statement as well; without a limit, neither is bounded.
         self.statement_timeout = None if timeout is None else (0.0 if math.isinf(timeout) else timeout)
         self.attempt = 1
@@ -101,6 +137,117 @@ class Call:
         self.decision: Decision | None = None
         self.use_primary = False
 
+    # --- the transaction ------------------------------------------------------------------------------------------
+
+    def one_trip(self, node: Node) -> bool:
+        """Whether a statement and its commit go in one trip.
+
+        A read always does. A write in one trip has no transaction id to ask about when its reply is lost, so it
+        leaves a marker, which costs more than a second trip where trips are short; and its result cannot be kept.
+        """
+        if callable(self.operation):
+            return False
+        if self.kind == "read":
+            return True
+        plain = self.idempotency_key is None and self.settings.default_actor is None
+        return plain and node.round_trip > _ONE_TRIP_FROM
+
+    def prologue(self, node: Node, connection: PrologueCarrier, *, one_trip: bool) -> Prologue:
+        """Return what this attempt's transaction begins with."""
+        timeout = self.statement_timeout
+        if timeout is None and self.settings.pooler == "transaction":
+            timeout = self.settings.statement_timeout
+        if self.kind == "read":
+            return prologue_for(
+                self.actor,
+                "read",
+                statement_timeout=timeout,
+                service_role=self.settings.service_role,
+                position=None if self.position is None else self.position.lsn,
+            )
+        if self.claim is None and (self.idempotency_key is not None or one_trip):
+            key = self.idempotency_key or f"auto:{uuid4().hex}"
+            claimant = self.actor.user_text or "service"
+            self.claim = IdempotencyClaim(key, claimant, self.name)
+        facts: tuple[str, ...] = ()
+        if not one_trip:
+            known = connection.incarnation is not None and self.settings.pooler != "transaction"
+            facts = ("xid",) if known else ("xid", "incarnation")
+            if not known:
+                connection.incarnation = None
+        return prologue_for(
+            self.actor,
+            "write",
+            statement_timeout=timeout,
+            service_role=self.settings.service_role,
+            claim=self.claim,
+            facts=facts,
+        )
+
+    def secure_evidence(self, connection: PrologueCarrier) -> None:
+        """Take down, before COMMIT is sent, what a lost reply could be resolved by."""
+        if connection.incarnation is None:
+            connection.read_incarnation()
+        xid, pid = connection.opening_value(b"xid"), connection.opening_value(b"pid")
+        if xid is not None and pid is not None and connection.incarnation is not None:
+            self.evidence = Evidence(xid, int(pid), connection.incarnation)
+
+    def kept(self) -> tuple[str, str | None] | None:
+        """Return the key this write was given and its result as JSON, if it can be written so."""
+        if self.idempotency_key is None:
+            return None
+        try:
+            return self.idempotency_key, dumps(self.result)
+        except NotStorable:
+            return self.idempotency_key, None
+
+    def first_outcome(self, row: tuple[str | None, Any] | None) -> Any:
+        """Return what the first run of an idempotent write returned.
+
+        Raises:
+            ResultLostError: That could not be kept.
+        """
+        if row is not None and row[0] is not None:
+            return loads(row[0])
+        if self.idempotency_key is None:
+            raise ResultLostError(
+                "The write is committed, but the connection was lost before its result arrived: do not run it again; "
+                "with an idempotency_key the result would have been kept."
+            )
+        raise ResultLostError(
+            "The write with this idempotency key is committed already, but what it returned could not be kept: let "
+            "operations return plain values."
+        )
+
+    def note_position(self, position: WalPosition | None) -> None:
+        """Have this context's reads see the write."""
+        if position is not None:
+            remember_position(position)
+
+    def must_see(self) -> WalPosition | None:
+        """Return the place in the log up to which this read must see everything."""
+        return position_variable.get() if self.consistency == "session" else None
+
+    def watch(self, node: Node, suspect: Callable[[Node], None]) -> Callable[[float], None]:
+        """Return what is called while the server is silent; it raises when waiting has become pointless."""
+        timeout = self.settings.statement_timeout if self.statement_timeout is None else self.statement_timeout
+        limit = timeout + _GRACE if timeout else math.inf
+        on_replica = node.role == "replica"
+        suspected = False
+
+        def quiet(seconds: float) -> None:
+            nonlocal suspected
+            if on_replica and seconds > _SUSPICIOUS_AFTER:
+                if node.health.ejected:
+                    raise psycopg.OperationalError("the replica stopped answering")
+                if not suspected:
+                    suspected = True
+                    suspect(node)
+            if seconds > limit:
+                raise psycopg.OperationalError("the server stopped answering")
+
+        return quiet
+
     # --- verdicts -------------------------------------------------------------------------------------------------
 
     def judge(self, error: psycopg.Error) -> None:
@@ -108,10 +255,15 @@ class Call:
         connection, node = self.connection, self.node
         on_replica = node is not None and node.role == "replica"
         if connection is None:
-            # No connection was had: a replica is passed over, the primary was waited for already.
-            passed_over = on_replica and isinstance(error, UnavailableError)
-            action = Action.FAIL_OVER if passed_over else Action.RAISE
-            self.decision = Decision(action, "no connection")
+            # No connection was had, and nothing sent. A node that is away may come back, or another take its place;
+            # one whose connections are all in use was waited for already.
+            away = isinstance(error, UnavailableError) and not isinstance(error, CheckoutTimeoutError)
+            action = Action.FAIL_OVER if away or (on_replica and isinstance(error, UnavailableError)) else Action.RAISE
+            self.decision = Decision(action, "no connection", until_deadline=away)
+            return
+        if connection.behind:
+            self.decision = Decision(Action.PRIMARY, "the replica is behind this session's writes")
+            self.use_primary = True
             return
         status = connection.pgconn.transaction_status
         if isinstance(error, EquitieDataError) or status == TransactionStatus.INTRANS:
@@ -133,11 +285,10 @@ class Call:
 
     @property
     def ejects(self) -> str | None:
-        """Why the replica of the failed attempt must get no more reads; ``None`` if it may."""
-        if self.decision is None or self.node is None or self.node.role == "primary":
+        """Why the failed attempt's node is to be suspected; ``None`` if it is not."""
+        if self.decision is None or self.node is None or not (self.decision.until_deadline or self.decision.wrong_role):
             return None
-        lost = self.decision.action is Action.FAIL_OVER and not self.decision.unprepared
-        return self.decision.reason if lost else None
+        return self.decision.reason
 
     def may_go_on(self, error: BaseException) -> bool:
         """Whether another attempt is allowed at all; tenacity asks after every failure."""
@@ -153,6 +304,8 @@ class Call:
         decision = self.decision
         if decision is None or time.monotonic() >= self.deadline:
             return True
+        if decision.until_deadline:
+            return False
         limit = decision.limit
         if limit is None:
             limit = self.settings.read_attempts if self.kind == "read" else self.settings.write_attempts
@@ -179,13 +332,18 @@ class Call:
             return ConfigurationError(
                 "The login role may not act for anybody: let the owner run `python -m equitie_data.migrate grant ROLE`."
             )
+        if error.sqlstate == "EQ002":
+            return ConfigurationError("The idempotency key was used by another actor: keys must be unique.")
+        if error.sqlstate == "EQ003":
+            return ConfigurationError("The idempotency key was used by an operation of another name: use a new one.")
         node = "the primary" if self.node is None else f"{self.node.role} {self.node.name}"
         action = Action.RAISE if self.decision is None else self.decision.action
         reason = "" if self.decision is None else self.decision.reason
         if action is Action.RESOLVE:
             return CommitOutcomeUnknown(
-                f"The connection to {node} was lost while it committed, so the write may or may not be there: look "
-                "for what it would have written before you run it again."
+                f"The connection to {node} was lost while it committed, and the server cannot say what became of the "
+                "write: look for what it would have written before you run it again; with an idempotency_key it could "
+                "simply be run again."
             )
         if action is Action.FAIL_OVER:
             times = f"{self.attempt} times" if self.attempt > 1 else "once"
@@ -229,6 +387,12 @@ class Call:
             )
 
         return observe
+
+    def resolved(self, hooks: Hooks, outcome: Literal["committed", "aborted", "unknown"], seconds: float) -> None:
+        """Announce what became of a commit."""
+        if hooks:
+            node = "" if self.node is None else self.node.name
+            hooks.emit(CommitResolved(name=self.name, node=node, outcome=outcome, seconds=seconds))
 
     def end(self, hooks: Hooks, error: BaseException | None) -> None:
         """Announce the end of the call."""

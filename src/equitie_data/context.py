@@ -1,6 +1,6 @@
-"""Who is acting, and in which transaction.
+"""Who is acting, in which transaction, and what their next read must see.
 
-Both live in context variables: every thread and every asyncio task has its own, so two requests served at once
+All of it lives in context variables: every thread and every asyncio task has its own, so two requests served at once
 can never write each other's identity. Nothing here touches a database; the pool reads the actor and applies it
 in the prologue of every transaction.
 """
@@ -23,14 +23,26 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
-__all__ = ["Actor", "acting_as", "as_service", "bind", "current_actor", "current_transaction"]
+__all__ = [
+    "Actor",
+    "WalPosition",
+    "acting_as",
+    "as_service",
+    "bind",
+    "current_actor",
+    "current_transaction",
+    "resume_session",
+    "session_token",
+]
 
 _TEXT_LIMIT = 1_000  # characters; longer header values are cut, so that a client cannot bloat the audit log
 
 
 def _text(value: object) -> str | None:
-    """Cut to size and drop NUL, which PostgreSQL cannot store."""
-    return None if value is None else str(value).replace("\x00", "")[:_TEXT_LIMIT]
+    """Cut to size, and drop what PostgreSQL cannot store: NUL and halves of surrogate pairs."""
+    if value is None:
+        return None
+    return str(value)[:_TEXT_LIMIT].replace("\x00", "").encode("utf-8", "ignore").decode()
 
 
 def _address(value: object) -> str | None:
@@ -78,9 +90,12 @@ class Actor:
     user_agent: str | None = attrs.field(default=None, converter=_text, repr=False)
     session_id: str | None = attrs.field(default=None, converter=_text, repr=False)
     request_id: str | None = attrs.field(default=None, converter=_text)
-    # The two settings every transaction carries, rendered once per actor and not once per statement.
+    # The settings every transaction carries, rendered once per actor and not once per statement.
     claims: str = attrs.field(init=False, repr=False, eq=False)
     context: str = attrs.field(init=False, repr=False, eq=False)
+    user_text: str = attrs.field(init=False, repr=False, eq=False)
+    claims_bytes: bytes = attrs.field(init=False, repr=False, eq=False)
+    context_bytes: bytes = attrs.field(init=False, repr=False, eq=False)
 
     @claims.default
     def _render_claims(self) -> str:
@@ -98,7 +113,54 @@ class Actor:
             "session_id": self.session_id,
             "request_id": self.request_id,
         }
-        return json.dumps({key: value for key, value in facts.items() if value is not None}, ensure_ascii=False)
+        return json.dumps({key: value for key, value in facts.items() if value is not None})
+
+    @user_text.default
+    def _render_user(self) -> str:
+        return "" if self.user_id is None else str(self.user_id)
+
+    @claims_bytes.default
+    def _encode_claims(self) -> bytes:
+        return self.claims.encode()
+
+    @context_bytes.default
+    def _encode_context(self) -> bytes:
+        return self.context.encode()
+
+
+@attrs.frozen(order=True)
+class WalPosition:
+    """A place in the write-ahead log: what a node has replayed up to here, it shows.
+
+    Attributes:
+        timeline: Counts the promotions; the same offset on another timeline can be another history.
+        lsn: The offset, in bytes.
+    """
+
+    timeline: int
+    lsn: int
+
+    def __str__(self) -> str:
+        return f"{self.timeline:X}-{self.lsn:X}"
+
+    @classmethod
+    def parse(cls, text: str) -> WalPosition:
+        """Read what ``str()`` has written.
+
+        Raises:
+            ConfigurationError: It is something else.
+        """
+        try:
+            timeline, lsn = (int(part, 16) for part in text.split("-"))
+        except ValueError:
+            raise ConfigurationError("The session token is not one that session_token() has made.") from None
+        return cls(timeline, lsn)
+
+    @staticmethod
+    def parse_lsn(text: str) -> int:
+        """Return the offset PostgreSQL writes as ``16/B374D848``."""
+        high, low = text.split("/")
+        return (int(high, 16) << 32) | int(low, 16)
 
 
 class Transaction(Protocol):
@@ -118,6 +180,7 @@ class Transaction(Protocol):
 
 actor_variable: ContextVar[Actor | None] = ContextVar("equitie_data.actor", default=None)
 transaction_variable: ContextVar[Transaction | None] = ContextVar("equitie_data.transaction", default=None)
+position_variable: ContextVar[WalPosition | None] = ContextVar("equitie_data.position", default=None)
 
 
 def current_actor() -> Actor:
@@ -135,6 +198,36 @@ def current_actor() -> Actor:
 def current_transaction() -> Transaction | None:
     """Return the write whose operation is running in this thread or task, if there is one."""
     return transaction_variable.get()
+
+
+def session_token() -> str | None:
+    """Return what a later read must see to have read this context's writes; ``None`` before the first one.
+
+    Put it into the web session or a cookie, and hand it to `resume_session` in the next request, wherever that runs.
+    It holds no secret.
+    """
+    position = position_variable.get()
+    return None if position is None else str(position)
+
+
+def resume_session(token: str | None) -> None:
+    """Have this context's reads see everything up to a `session_token`, whoever made it.
+
+    Args:
+        token: ``None`` and older tokens than the context's own change nothing.
+
+    Raises:
+        ConfigurationError: The token is not one.
+    """
+    if token:
+        remember_position(WalPosition.parse(token))
+
+
+def remember_position(position: WalPosition) -> None:
+    """Have this context's reads see everything up to ``position``."""
+    current = position_variable.get()
+    if current is None or position > current:
+        position_variable.set(position)
 
 
 @contextmanager

@@ -371,7 +371,7 @@ class EmbeddedServer:
                 wanted_port = None
             elif "pre-existing shared memory block" in failure:
                 directory.end_processes()
-            elif "postmaster.pid" in failure:
+            elif 'lock file "postmaster.pid" already exists' in failure:
                 raise in_use(directory)
             else:
                 raise EmbeddedServerError(f"{self._subject()} could not start: {last_word(failure)}")
@@ -410,14 +410,16 @@ class EmbeddedServer:
 
     def _discard(self) -> None:
         atexit.unregister(self._stop_for_good)
+        process, directory = self._process, self._placed()
         self._process, self._owner_pid = None, None
-        directory = self._placed()
-        if directory.was_left_by_a_crash():
+        if process is not None and directory.was_left_by(process.pid):
             directory.end_processes()
             if self._kept is None:
                 # A crash leaves shared memory to the next start. There will be none, so PostgreSQL releases it now.
                 with contextlib.suppress(EmbeddedServerError):
-                    run_program(self._bin_dir, "postgres", ["--single", "-D", str(directory.path), "template1"], directory)
+                    run_program(
+                        self._bin_dir, "postgres", ["--single", "-D", str(directory.path), "template1"], directory
+                    )
         if self._kept is None:
             self._drop_slot()
         self._clear_place()
@@ -429,8 +431,8 @@ class EmbeddedServer:
             self._process.wait()
         if first:
             self._process = None
-            if self._directory is not None:
-                self._directory.end_processes()  # of an initdb that was interrupted, too
+            if self._kept is None and self._directory is not None:
+                self._directory.end_processes()  # an interrupted initdb leaves some, too
             self._clear_place()
 
     def _clear_place(self) -> None:
@@ -451,13 +453,18 @@ class EmbeddedServer:
         if self._origin is None or not self._origin[0].is_running:
             return
         primary, slot = self._origin
-        statement = """
+        drop_when_idle = """
             SELECT pg_catalog.pg_drop_replication_slot(slot_name)
             FROM pg_catalog.pg_replication_slots
-            WHERE slot_name = %s
+            WHERE slot_name = %s AND NOT active
         """
+        still_there = "SELECT FROM pg_catalog.pg_replication_slots WHERE slot_name = %s"
+        deadline = time.monotonic() + _STOP_SECONDS
         with contextlib.suppress(psycopg.Error), psycopg.connect(primary.dsn(), autocommit=True) as connection:
-            connection.execute(statement, [slot])
+            # The primary takes a moment to notice that the replica is gone.
+            while connection.execute(still_there, [slot]).fetchone() is not None and time.monotonic() < deadline:
+                connection.execute(drop_when_idle, [slot])
+                time.sleep(_POLL_SECONDS)
 
     def _placed(self) -> DataDirectory:
         if self._directory is None:

@@ -12,6 +12,7 @@
     ├── TransactionError
     │   ├── SwallowedErrorError
     │   ├── OperationEndedTransactionError
+    │   ├── ResultLostError
     │   └── CommitOutcomeUnknown
     ├── MigrationError
     │   ├── NotMigratedError
@@ -50,6 +51,7 @@ __all__ = [
     "NotOpenError",
     "OperationEndedTransactionError",
     "ReadOnlyError",
+    "ResultLostError",
     "SwallowedErrorError",
     "TransactionError",
     "UnavailableError",
@@ -100,6 +102,10 @@ class SwallowedErrorError(TransactionError):
 
 class OperationEndedTransactionError(TransactionError):
     """The operation committed or rolled back the transaction it runs in."""
+
+
+class ResultLostError(TransactionError):
+    """The write is committed, exactly once, but what it returned is not known any more."""
 
 
 class CommitOutcomeUnknown(TransactionError):  # noqa: N818 - the field's name for it is the state, not an error

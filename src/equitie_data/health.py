@@ -1,4 +1,8 @@
-"""Which replicas may be read: ejected at the first failure, readmitted after a good probe."""
+"""Which replicas may be read, which node takes writes, and who holds connections too long.
+
+A replica is ejected at its first failure and readmitted after a good probe. Probes run in a thread of their own, on
+connections of their own: a pool that is exhausted or empty must not look like a node that is down.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,44 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import attrs
 import structlog
 
 from equitie_data.errors import UnavailableError
-from equitie_data.hooks import NodeEjected, NodeReadmitted
+from equitie_data.hooks import Leaked, NodeEjected, NodeReadmitted, PrimaryChanged
+from equitie_data.routing import NodeReport, ReplicaHealth, choose_primary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from equitie_data.hooks import Hooks
     from equitie_data.nodes import Node
+    from equitie_data.settings import Settings
 
 __all__ = ["HealthWatch"]
 
 log = structlog.get_logger(__name__)
 
+_TICK = 1.0  # seconds between two looks at the pools
+
 
 class HealthWatch:
-    """Probes nodes from a thread of its own, on connections of its own.
+    """Watches over nodes.
 
     Args:
-        nodes: What to watch.
-        interval: Seconds between two probes of a node that is well.
-        hooks: Who hears of ejections.
+        nodes: The primary, then the replicas.
+        settings: How often, and what counts as held too long.
+        hooks: Who hears of it.
+        promote: Called with a node that has become the primary.
     """
 
-    def __init__(self, nodes: Sequence[Node], interval: float, hooks: Hooks) -> None:
-        self._due = dict.fromkeys(nodes, 0.0)
-        self._interval = interval
+    def __init__(self, nodes: list[Node], settings: Settings, hooks: Hooks, promote: Callable[[Node], None]) -> None:
+        self._nodes = nodes
+        self._settings = settings
         self._hooks = hooks
+        self._promote = promote
+        self._due = dict.fromkeys(nodes, 0.0)
+        self._reports: dict[Node, NodeReport | None] = dict.fromkeys(nodes)
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="equitie-health", daemon=True)
@@ -48,7 +61,7 @@ class HealthWatch:
         """Stop probing, waiting at most ``timeout`` seconds for a probe under way."""
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def eject(self, node: Node, reason: str) -> None:
@@ -60,32 +73,106 @@ class HealthWatch:
             log.warning("equitie_data.node_ejected", node=node.name, reason=reason)
             self._hooks.emit(NodeEjected(node=node.name, reason=reason))
 
+    def suspect(self, node: Node | None = None) -> None:
+        """Have a node probed at once, or all of them."""
+        for each in self._nodes if node is None else [node]:
+            self._due[each] = 0.0
+        self._wake.set()
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         while not self._stopping:
-            for node in self._due:
-                if self._due_at(node) <= time.monotonic() and not self._stopping:
-                    self._probe(node)
-                    # Jitter keeps many processes from probing in step.
-                    self._due[node] = time.monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311
-            self._wake.wait(max(min(map(self._due_at, self._due)) - time.monotonic(), 0.05))
             self._wake.clear()
+            try:
+                self._look()
+            except Exception:  # the watch must outlive whatever it trips over
+                log.exception("equitie_data.health_watch_failed")
+            if not self._stopping:
+                now = time.monotonic()
+                next_due = min(self._due_at(node) for node in self._nodes)
+                self._wake.wait(min(max(next_due - now, 0.05), _TICK))
+
+    def _look(self) -> None:
+        due = [node for node in self._nodes if self._due_at(node) <= time.monotonic()]
+        primary = next(node for node in self._nodes if node.role == "primary")
+        if primary in due and self._ask(primary) is None:
+            due = list(self._nodes)  # the primary is away: has another taken over?
+        if not self._fits(primary):
+            due = list(self._nodes)
+        for node in due:
+            if node is not primary and not self._stopping:
+                self._ask(node)
+        if due:
+            self._elect(primary)
+            for node in due:
+                self._note(node)
+        for node in self._nodes:
+            node.sweep(self._settings.max_idle)
+            node.settle()
+            self._report_leaks(node)
 
     def _due_at(self, node: Node) -> float:
         return min(self._due[node], node.health.probe_at) if node.health.ejected else self._due[node]
 
-    def _probe(self, node: Node) -> None:
+    def _fits(self, primary: Node) -> bool:
+        report = self._reports[primary]
+        return report is not None and not report.in_recovery
+
+    def _ask(self, node: Node) -> NodeReport | None:
+        # Jitter keeps many processes from probing in step; a node that is away is asked again soon.
+        self._due[node] = time.monotonic() + self._settings.health_check_interval * random.uniform(0.9, 1.1)  # noqa: S311
         try:
-            _, lag = node.probe()
+            report = node.probe()
         except UnavailableError as error:
+            if node.reachable:
+                log.warning("equitie_data.node_unreachable", node=node.name, role=node.role, error=str(error))
             node.reachable = False
-            if node.role == "replica":
-                self.eject(node, "probe failed")
-            else:
-                log.warning("equitie_data.primary_unreachable", node=node.name, error=str(error))
-            return
-        was_ejected = node.health.ejected
+            self._due[node] = min(self._due[node], time.monotonic() + 1.0)
+            self._reports[node] = None
+            return None
         node.reachable = True
-        node.health = node.health.probed(lag)
+        self._reports[node] = report
+        return report
+
+    def _elect(self, current: Node) -> None:
+        chosen = self._nodes[choose_primary(self._nodes.index(current), [self._reports[node] for node in self._nodes])]
+        if chosen is not current:
+            log.warning("equitie_data.primary_changed", before=current.name, now=chosen.name)
+            current.role, chosen.role = "replica", "primary"
+            current.health = ReplicaHealth(ejected=True)
+            chosen.health = ReplicaHealth()
+            self._promote(chosen)
+            self._hooks.emit(PrimaryChanged(before=current.name, now=chosen.name))
+
+    def _note(self, node: Node) -> None:
+        """Turn a node's report into its health."""
+        report = self._reports[node]
+        if node.role == "primary":
+            return
+        if report is None or not report.in_recovery:
+            # Out of recovery without being the primary: a node that was left behind by a promotion, or split off.
+            self.eject(node, "probe failed" if report is None else "neither standby nor the primary")
+            return
+        primary = next((self._reports[each] for each in self._nodes if each.role == "primary"), None)
+        behind = 0 if primary is None else max(primary.position - report.position, 0)
+        was_ejected = node.health.ejected
+        node.replayed = max(node.replayed, report.position) if report.timeline == node.health.timeline else report.position
+        # On an idle primary the last transaction grows old although nothing is missing.
+        age = report.replay_age if behind else 0.0
+        node.health = ReplicaHealth(lag_seconds=age, lag_bytes=behind, timeline=report.timeline)
         if was_ejected:
             log.info("equitie_data.node_readmitted", node=node.name)
             self._hooks.emit(NodeReadmitted(node=node.name))
+
+    def _report_leaks(self, node: Node) -> None:
+        for holder in node.held_longer_than(self._settings.leak_threshold):
+            event = Leaked(
+                node=node.name,
+                name=holder.name,
+                thread=str(holder.thread),
+                seconds=time.monotonic() - holder.since,
+                site=holder.site(),
+            )
+            log.warning("equitie_data.connection_held", **attrs.asdict(event))
+            self._hooks.emit(event)

@@ -20,10 +20,12 @@ __all__ = [
     "Event",
     "Hook",
     "Hooks",
+    "Leaked",
     "NodeEjected",
     "NodeReadmitted",
     "OperationEnded",
     "OperationStarted",
+    "PrimaryChanged",
     "Retried",
     "StatementEnded",
 ]
@@ -173,8 +175,48 @@ class NodeReadmitted:
     node: str
 
 
+@attrs.frozen(kw_only=True)
+class PrimaryChanged:
+    """Another node takes the writes now.
+
+    Attributes:
+        before: Which node did.
+        now: Which node does.
+    """
+
+    before: str
+    now: str
+
+
+@attrs.frozen(kw_only=True)
+class Leaked:
+    """A connection has been held for longer than `Settings.leak_threshold`.
+
+    Attributes:
+        node: Whose connection.
+        name: What the caller named the call.
+        thread: The holder's thread.
+        seconds: For how long.
+        site: Where the holder is now, as ``file:line``.
+    """
+
+    node: str
+    name: str | None
+    thread: str
+    seconds: float
+    site: str
+
+
 Event: TypeAlias = (
-    OperationStarted | StatementEnded | OperationEnded | Retried | CommitResolved | NodeEjected | NodeReadmitted
+    OperationStarted
+    | StatementEnded
+    | OperationEnded
+    | Retried
+    | CommitResolved
+    | NodeEjected
+    | NodeReadmitted
+    | PrimaryChanged
+    | Leaked
 )
 
 

@@ -2,42 +2,99 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import psycopg_pool
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool
 
 from equitie_data.connect import connect, explain_connection_failure, target_of
+from equitie_data.context import WalPosition
 from equitie_data.errors import CheckoutTimeoutError, NotOpenError, UnavailableError
-from equitie_data.routing import ReplicaHealth
+from equitie_data.routing import NodeReport, ReplicaHealth, ReplicaView
 from equitie_data.wire import NodeConnection, is_stale
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from equitie_data.hooks import NodeRole
     from equitie_data.settings import Settings
 
-__all__ = ["Node"]
+__all__ = ["Holder", "Node"]
 
 _RECONNECT_TIMEOUT = 30.0
 _UNREACHABLE_AFTER = 2.0  # seconds a read waits on a replica that has no connection at all
+_PINGS = 3
+_PREPARE_AFTER = 5  # psycopg's default: executions before a statement is prepared
+_OURS = ("equitie_data", "psycopg", "psycopg_pool", "tenacity", "threading", "concurrent")
 
-# Lag is 0 when everything received was replayed: the time since the last replayed commit grows on an idle primary.
+# The timeline of a primary is in the name of the segment it writes; a standby knows the one it follows by the
+# control file, which may lag behind but never runs ahead.
 _PROBE = """
-SELECT pg_catalog.pg_is_in_recovery(),
+SELECT r.in_recovery,
        CASE
-           WHEN NOT pg_catalog.pg_is_in_recovery() THEN 0
-           WHEN pg_catalog.pg_last_wal_receive_lsn() = pg_catalog.pg_last_wal_replay_lsn() THEN 0
-           ELSE COALESCE(EXTRACT(EPOCH FROM pg_catalog.now() - pg_catalog.pg_last_xact_replay_timestamp()), 0)
-       END::double precision
+           WHEN r.in_recovery THEN (
+               SELECT pg_catalog.lpad(pg_catalog.to_hex(greatest(c.timeline_id, v.min_recovery_end_timeline)), 8, '0')
+               FROM pg_catalog.pg_control_checkpoint() AS c, pg_catalog.pg_control_recovery() AS v
+           )
+           ELSE pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8)
+       END,
+       CASE
+           WHEN r.in_recovery THEN pg_catalog.pg_last_wal_replay_lsn()
+           ELSE pg_catalog.pg_current_wal_insert_lsn()
+       END::text,
+       coalesce(extract(epoch FROM pg_catalog.now() - pg_catalog.pg_last_xact_replay_timestamp()), 0)::double precision
+FROM (SELECT pg_catalog.pg_is_in_recovery()) AS r (in_recovery)
 """
+
+
+class Holder:
+    """Who has a connection.
+
+    Attributes:
+        thread: The thread's identifier.
+        since: The monotonic time of the checkout, in seconds.
+        name: What the call is named.
+        reported: Whether it was reported as held too long.
+    """
+
+    __slots__ = ("name", "reported", "since", "thread")
+
+    def __init__(self, thread: int, since: float, name: str | None) -> None:
+        self.thread = thread
+        self.since = since
+        self.name = name
+        self.reported = False
+
+    def __str__(self) -> str:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        call = f" in {self.name!r}" if self.name else ""
+        return f"{names.get(self.thread, 'a thread')}{call} for {time.monotonic() - self.since:.1f} s at {self.site()}"
+
+    def site(self) -> str:
+        """Return where the holder's thread is now: the innermost line that is not ours, as ``file:line``."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", ""))
+            if module.split(".", 1)[0] not in _OURS:
+                return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+            frame = frame.f_back
+        return "an unknown place"
 
 
 class Node:
     """A PostgreSQL server that operations can go to.
+
+    Idle connections are kept in a stack before psycopg's pool: the one used last is the one used next, while its
+    server process is still warm, and a read's COMMIT can be on its way back while the connection rests. The pool
+    below makes connections, limits their number and age, and serves those who wait.
 
     Args:
         dsn: Where it is.
@@ -47,24 +104,31 @@ class Node:
     """
 
     def __init__(self, dsn: str, role: NodeRole, settings: Settings, region: str | None = None) -> None:
-        self.dsn = dsn
-        self.role = role
+        self.dsn = _with_session_attributes(dsn, role)
+        self.role: NodeRole = role
         self.region = region
         self.name = _name_of(dsn)
         self.health = ReplicaHealth()
         self.reachable = True
+        self.replayed = 0
+        """The last offset it was seen to have replayed, in bytes."""
+        self.round_trip = math.inf
+        """Seconds a trip to it takes at best; infinite until measured."""
         self._settings = settings
-        self._prepare_threshold = 5
+        self._prepare_after = None if settings.pooler == "transaction" else _PREPARE_AFTER
         self._lock = threading.Lock()
-        self._in_use = 0
+        self._rested: deque[tuple[NodeConnection[Any], float]] = deque()
+        self._waiting = 0
+        self._holders: dict[NodeConnection[Any], Holder] = {}
         self._checkouts = 0
         self._discarded = 0
+        self._draining = False
         parameters = settings.connection_parameters()
         options = conninfo_to_dict(dsn).get("options")
         if options:
-            parameters["options"] = f"{parameters['options']} {options}"
+            parameters["options"] = f"{parameters.get('options', '')} {options}".strip()
         self._pool: ConnectionPool[NodeConnection[Any]] = ConnectionPool(
-            dsn,
+            self.dsn,
             connection_class=NodeConnection,
             kwargs=parameters,
             min_size=settings.min_size,
@@ -80,19 +144,39 @@ class Node:
     def __repr__(self) -> str:
         return f"<Node {self.role} {self.name}>"
 
+    @property
+    def view(self) -> ReplicaView:
+        """The node as the router sees it."""
+        region = self._settings.region
+        return ReplicaView(self.health, self.replayed, region is None or self.region == region)
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
     def open(self) -> None:
         """Start filling the pool; does not wait for it."""
         self._pool.open(wait=False)
 
     def close(self, timeout: float) -> None:
-        """Close every idle connection, and those in use when they come back."""
+        """Let calls under way finish, then close every connection.
+
+        Args:
+            timeout: Seconds to wait for them; connections still in use then close when they come back.
+        """
+        deadline = time.monotonic() + timeout
+        while self._holders and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._draining = True
+        self.sweep(math.inf)
         self._pool.close(timeout)
 
-    def checkout(self, timeout: float) -> NodeConnection[Any]:
+    # --- connections ----------------------------------------------------------------------------------------------
+
+    def checkout(self, timeout: float, name: str | None = None) -> NodeConnection[Any]:
         """Borrow a connection whose server has not closed it.
 
         Args:
             timeout: Seconds to wait for one.
+            name: What the call is named.
 
         Raises:
             CheckoutTimeoutError: All connections stayed in use.
@@ -101,53 +185,113 @@ class Node:
         """
         deadline = time.monotonic() + timeout
         while True:
-            connection = self._borrow(deadline)
-            if not is_stale(connection.pgconn):
-                with self._lock:
-                    self._in_use += 1
-                    self._checkouts += 1
+            connection = self._take(deadline)
+            if self._is_fit(connection):
+                self._holders[connection] = Holder(threading.get_ident(), time.monotonic(), name)
+                self._checkouts += 1
                 return connection
             self._drop(connection)
 
     def checkin(self, connection: NodeConnection[Any]) -> None:
         """Give a connection back; one that is not idle is closed and replaced."""
-        with self._lock:
-            self._in_use -= 1
-        connection.observer = None
-        connection.pending = None
-        connection.prepare_threshold = self._prepare_threshold
-        if connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-            self._pool.putconn(connection)
-        else:
+        del self._holders[connection]
+        connection.observer = connection.watch = connection.pending = connection.opening = None
+        connection.behind = False
+        if connection.prepare_threshold != self._prepare_after:
+            connection.prepare_threshold = self._prepare_after
+        if not connection.commit_sent and connection.pgconn.transaction_status != TransactionStatus.IDLE:
             self._drop(connection)
+            return
+        now = time.monotonic()
+        expired = getattr(connection, "_expire_at", math.inf) <= now
+        with self._lock:
+            rests = not self._waiting and not expired and not self._draining
+            if rests:
+                self._rested.append((connection, now))
+        if not rests:
+            self._to_pool(connection)
 
-    def _drop(self, connection: NodeConnection[Any]) -> None:
-        self._discarded += 1
-        connection.close()
-        self._pool.putconn(connection)
+    def sweep(self, idle: float) -> None:
+        """Hand connections that rested for ``idle`` seconds back to the pool, which closes those it can spare."""
+        limit = math.inf if math.isinf(idle) else time.monotonic() - idle
+        while True:
+            with self._lock:
+                if not self._rested or self._rested[0][1] > limit:
+                    return
+                connection, _ = self._rested.popleft()
+            self._to_pool(connection)
 
-    def _borrow(self, deadline: float) -> NodeConnection[Any]:
+    def _take(self, deadline: float) -> NodeConnection[Any]:
+        with self._lock:
+            if self._rested:
+                return self._rested.pop()[0]
+            # From here on whoever gives a connection back gives it to the pool, which serves those who wait in turn.
+            self._waiting += 1
+            crowded = self._waiting > 1
+        try:
+            if crowded:
+                self._grow()
+            return self._from_pool(deadline)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def _from_pool(self, deadline: float) -> NodeConnection[Any]:
         # A replica without a single connection is given up early, so that the read can go elsewhere.
         patience = deadline if self.role == "primary" else min(deadline, time.monotonic() + _UNREACHABLE_AFTER)
         while True:
             try:
                 return self._pool.getconn(max(patience - time.monotonic(), 0.001))
             except psycopg_pool.PoolTimeout:
-                busy = self._in_use > 0
-                if busy and patience < deadline:
+                if self._holders and patience < deadline:
                     patience = deadline
                     continue
-                raise self._no_connection(busy) from None
+                raise self._no_connection() from None
             except psycopg_pool.PoolClosed:
                 raise NotOpenError(
                     f"The pool of {self.name} is closed: use the database inside its `with` block, or call open()."
                 ) from None
 
-    def _no_connection(self, busy: bool) -> UnavailableError:
-        if busy:
+    def _grow(self) -> None:
+        """Have the pool open as many connections at once as are wanted; left alone it opens one after the other."""
+        wanted = min(len(self._holders) + self._waiting, self._settings.max_size)
+        if wanted > self._pool.min_size:
+            self._pool.resize(wanted, self._settings.max_size)
+
+    def settle(self) -> None:
+        """Let the pool shrink again after a burst."""
+        if self._pool.min_size > self._settings.min_size and not self._waiting:
+            self._pool.resize(self._settings.min_size, self._settings.max_size)
+
+    def _is_fit(self, connection: NodeConnection[Any]) -> bool:
+        if connection.commit_sent:
+            try:
+                connection.wait(connection.drain_gen())
+            except psycopg.Error:
+                return False
+        pgconn = connection.pgconn
+        if is_stale(pgconn):
+            return False
+        # Reported by the server itself at no cost: a primary that came back as a standby must not be written to.
+        return self.role == "replica" or pgconn.parameter_status(b"in_hot_standby") != b"on"
+
+    def _to_pool(self, connection: NodeConnection[Any]) -> None:
+        if connection.commit_sent and not self._is_fit(connection):
+            connection.close()
+        self._pool.putconn(connection)
+
+    def _drop(self, connection: NodeConnection[Any]) -> None:
+        self._discarded += 1
+        connection.commit_sent = False
+        connection.close()
+        self._pool.putconn(connection)
+
+    def _no_connection(self) -> UnavailableError:
+        if self._holders:
+            oldest = "; ".join(map(str, self.oldest_holders(3)))
             return CheckoutTimeoutError(
                 f"All {self._settings.max_size} connections to {self.role} {self.name} stayed in use until the "
-                "deadline: shorten transactions, or raise max_size within the server's max_connections."
+                f"deadline: shorten transactions, or raise max_size. Held longest: {oldest}."
             )
         try:
             connect(self.dsn, connect_timeout=2).close()
@@ -155,24 +299,41 @@ class Node:
             return error
         return UnavailableError(f"The {self.role} {self.name} gave no connection before the deadline: try again.")
 
-    def probe(self) -> tuple[bool, float]:
-        """Ask the node about itself on a connection of its own.
+    def oldest_holders(self, count: int) -> list[Holder]:
+        """Return who has had a connection longest."""
+        return sorted(list(self._holders.values()), key=lambda holder: holder.since)[:count]
 
-        Returns:
-            Whether it is in recovery, and its replay lag in seconds.
+    def held_longer_than(self, seconds: float) -> Iterator[Holder]:
+        """Yield holders over a limit, each once."""
+        limit = time.monotonic() - seconds
+        for holder in list(self._holders.values()):
+            if holder.since < limit and not holder.reported:
+                holder.reported = True
+                yield holder
+
+    # --- probing --------------------------------------------------------------------------------------------------
+
+    def probe(self) -> NodeReport:
+        """Ask the node about itself on a connection of its own, measuring the way there.
 
         Raises:
             UnavailableError: It does not answer.
         """
         try:
-            with connect(self.dsn, connect_timeout=2, options="-c statement_timeout=2000") as connection:
+            with connect(self.dsn, connect_timeout=2, tcp_user_timeout=2000) as connection:
                 row = connection.execute(_PROBE).fetchone()
+                trips = []
+                for _ in range(_PINGS):
+                    started = time.perf_counter()
+                    connection.execute("")
+                    trips.append(time.perf_counter() - started)
         except psycopg.Error as error:
             if isinstance(error, UnavailableError):
                 raise
             raise UnavailableError(explain_connection_failure(self.dsn, error)) from None
-        assert row is not None  # noqa: S101 - a SELECT without FROM always returns a row
-        return bool(row[0]), float(row[1])
+        assert row is not None  # noqa: S101 - a SELECT of one row
+        self.round_trip = min(trips)
+        return NodeReport(bool(row[0]), int(row[1], 16), WalPosition.parse_lsn(row[2]), float(row[3]))
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the start and gauges of now; times are seconds."""
@@ -182,11 +343,13 @@ class Node:
             "region": self.region,
             "healthy": self.reachable and not self.health.ejected,
             "lag_seconds": self.health.lag_seconds,
+            "lag_bytes": self.health.lag_bytes,
+            "round_trip_seconds": None if math.isinf(self.round_trip) else self.round_trip,
             "size": stats.get("pool_size", 0),
             "max_size": self._settings.max_size,
-            "in_use": self._in_use,
-            "idle": stats.get("pool_available", 0),
-            "waiting": stats.get("requests_waiting", 0),
+            "in_use": len(self._holders),
+            "idle": stats.get("pool_available", 0) + len(self._rested),
+            "waiting": self._waiting,
             "checkouts": self._checkouts,
             "discarded": self._discarded,
         }
@@ -194,3 +357,12 @@ class Node:
 
 def _name_of(dsn: str) -> str:
     return target_of(dsn).rsplit("@", 1)[-1].split("/", 1)[0]
+
+
+def _with_session_attributes(dsn: str, role: NodeRole) -> str:
+    """Have libpq find the right one of several hosts, unless the DSN says how."""
+    parts = conninfo_to_dict(dsn)
+    several = "," in str(parts.get("host") or "") or "," in str(parts.get("hostaddr") or "")
+    if not several or parts.get("target_session_attrs"):
+        return dsn
+    return make_conninfo(dsn, target_session_attrs="read-write" if role == "primary" else "prefer-standby")

@@ -11,23 +11,24 @@ import itertools
 import random
 import threading
 import time
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import psycopg
 import structlog
 import tenacity
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
-from equitie_data.call import Call, WriteTransaction, check_transaction_open
+from equitie_data.call import Call, WriteTransaction, call_variable, check_transaction_open
+from equitie_data.commit import Outcome
 from equitie_data.context import Actor, actor_variable, transaction_variable
-from equitie_data.errors import ConfigurationError, NoActorError, NotOpenError
+from equitie_data.errors import CheckoutTimeoutError, NoActorError, NotOpenError
 from equitie_data.health import HealthWatch
 from equitie_data.hooks import Hooks
 from equitie_data.nodes import Node
-from equitie_data.prologue import prologue_for
-from equitie_data.retry import Phase
-from equitie_data.routing import read_order
+from equitie_data.resolve import resolve_commit
+from equitie_data.retry import Action, Decision, Phase, RetryBudget
+from equitie_data.routing import choose_replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from equitie_data.hooks import Kind
     from equitie_data.routing import Consistency
     from equitie_data.settings import Settings
-    from equitie_data.wire import NodeConnection
+    from equitie_data.prologue import Prologue
+    from equitie_data.wire import NodeConnection, NodeCursor
 
 __all__ = ["ConnectionPools"]
 
@@ -49,7 +51,8 @@ R = TypeVar("R")
 log = structlog.get_logger(__name__)
 
 _of_the_parent: list[object] = []
-_wrote: ContextVar[bool] = ContextVar("equitie_data.wrote", default=False)
+_OPEN = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+_FIRST_OUTCOME = "SELECT result, created_at FROM equitie_private.idempotent_result(%s, %s)"
 
 
 class ConnectionPools:
@@ -75,14 +78,17 @@ class ConnectionPools:
         settings = self.settings
         self.primary = Node(settings.dsn, "primary", settings)
         self.replicas = [Node(replica.dsn, "replica", settings, replica.region) for replica in settings.replicas]
-        self._health = HealthWatch((self.primary, *self.replicas), settings.health_check_interval, self.hooks)
+        self._nodes = [self.primary, *self.replicas]
+        self._health = HealthWatch(self._nodes, settings, self.hooks, self._promote)
+        self._stand_in = threading.BoundedSemaphore(max(settings.max_size // 2, 1))
+        self._budget = RetryBudget()
         self._open_lock = threading.Lock()
 
     # --- life ---------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Start the pools and the health checks; does not wait for connections."""
-        for node in (self.primary, *self.replicas):
+        for node in self._nodes:
             node.open()
         self._opened = True
         if self._default_actor is not None:
@@ -97,7 +103,7 @@ class ConnectionPools:
         """
         self._opened = self._forked = False
         self._health.stop(timeout)
-        for node in (self.primary, *self.replicas):
+        for node in self._nodes:
             node.close(timeout)
 
     def after_fork(self) -> None:
@@ -105,7 +111,7 @@ class ConnectionPools:
 
         The parent's are kept out of reach of the garbage collector: closing them here would end its sessions.
         """
-        _of_the_parent.append((self.primary, self.replicas))
+        _of_the_parent.append(self._nodes)
         self._make_nodes()
         self._opened, self._forked = False, self._opened or self._forked
 
@@ -118,7 +124,7 @@ class ConnectionPools:
 
     def get_stats(self) -> dict[str, Any]:
         """Return each node's counters and gauges, by node name."""
-        return {node.name: node.stats() for node in (self.primary, *self.replicas)}
+        return {node.name: node.stats() for node in self._nodes}
 
     # --- the two calls ------------------------------------------------------------------------------------
 
@@ -246,7 +252,8 @@ class ConnectionPools:
                 raises. A callable may run more than once, so it must have no effect outside the transaction.
             params: The SQL's parameters.
             name: What to call it in metrics and logs.
-            idempotency_key: Not available in this release, and refused.
+            idempotency_key: Names this write: a second call with the same key, from any process, at any time until
+                the key's retention ends, returns the first one's result without running the operation.
             timeout: As in `execute_read`.
             row_factory: As in `execute_read`.
             retry: As in `execute_read`.
@@ -259,11 +266,9 @@ class ConnectionPools:
             UnavailableError: The primary could not be reached in time; nothing was written.
             psycopg.Error: The server refused a statement; nothing was written.
         """
-        if idempotency_key is not None:
-            raise ConfigurationError("idempotency_key is not available in this release: leave it out.")
-        result = self._run(self._call("write", operation, params, name, "strong", timeout, row_factory, retry))
-        _wrote.set(True)
-        return result
+        return self._run(
+            self._call("write", operation, params, name, "strong", timeout, row_factory, retry, idempotency_key)
+        )
 
     def _call(
         self,
@@ -275,11 +280,24 @@ class ConnectionPools:
         timeout: float | None,
         row_factory: Any,
         retry: bool,
+        idempotency_key: str | None = None,
     ) -> Call:
         actor = actor_variable.get() or self._default_actor
         if actor is None:
             raise NoActorError
-        return Call(self.settings, actor, kind, operation, params, name, consistency, timeout, row_factory, retry)
+        return Call(
+            self.settings,
+            actor,
+            kind,
+            operation,
+            params,
+            name,
+            consistency,
+            timeout,
+            row_factory,
+            retry,
+            idempotency_key,
+        )
 
     # --- attempts -------------------------------------------------------------------------------------------------
 
@@ -295,52 +313,85 @@ class ConnectionPools:
             if self.hooks:
                 call.end(self.hooks, error)
             raise
+        self._budget.earn()
         if self.hooks:
             call.end(self.hooks, None)
         return result
 
     def _attempt(self, call: Call) -> Any:
-        call.phase, call.connection = Phase.CHECKOUT, None
-        call.node = node = self._route(call)
+        call.phase, call.connection, call.evidence, call.position = Phase.CHECKOUT, None, None, None
+        node, stand_in = self._route(call)
+        call.node = node
         before = time.monotonic()
         connection: NodeConnection[Any] | None = None
         try:
-            connection = node.checkout(min(self.settings.checkout_timeout, max(call.deadline - before, 0.001)))
+            wait = min(self.settings.checkout_timeout, max(call.deadline - before, 0.001))
+            if stand_in and not self._stand_in.acquire(timeout=wait):
+                stand_in = False
+                raise CheckoutTimeoutError(
+                    "No replica is fit to be read, and the primary serves no more reads in their place than half its "
+                    "connections: bring the replicas back, or try again."
+                )
+            connection = node.checkout(wait, call.name)
             call.connection, call.phase = connection, Phase.STATEMENT
+            connection.watch = call.watch(node, self._health.suspect)
             if self.hooks:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
             if call.decision is not None and call.decision.unprepared:
                 connection.prepare_threshold = None
-            connection.pending = prologue_for(call.actor, call.kind, call.statement_timeout)
-            if callable(call.operation):
-                return self._run_operation(call, connection)
-            return self._run_statement(call, connection)
+            return self._run_on(call, node, connection)
         except psycopg.Error as error:
+            if error.sqlstate == "EQ001":
+                self._roll_back(connection)
+                return self._first_outcome(call, connection)
             call.judge(error)
-            if call.ejects is not None:
-                self._health.eject(node, call.ejects)
+            self._suspect(call, node)
             if connection is not None and call.decision is not None and call.decision.discard:
                 connection.close()
             raise
         finally:
+            if stand_in:
+                self._stand_in.release()
             if connection is not None:
                 self._roll_back(connection)
                 node.checkin(connection)
 
-    def _run_statement(self, call: Call, connection: NodeConnection[Any]) -> Any:
-        cursor = connection.cursor(row_factory=call.row_factory) if call.row_factory else connection.cursor()
-        prologue, connection.pending = connection.pending, None
+    def _run_on(self, call: Call, node: Node, connection: NodeConnection[Any]) -> Any:
+        one_trip = call.one_trip(node)
+        if one_trip and call.actor is self._default_actor and self.settings.service_role is None:
+            # Nobody's identity to switch to, and the connection is read-only unless a transaction says otherwise.
+            return connection.cursor(row_factory=call.row_factory or tuple_row).execute(call.operation, call.params).fetchall()
+        prologue = call.prologue(node, connection, one_trip=one_trip)
+        if one_trip:
+            return self._run_alone(call, connection, prologue)
+        connection.pending = prologue
+        if callable(call.operation):
+            call.result = self._run_operation(call, connection)
+        else:
+            call.result = _rows(call, connection.cursor(row_factory=call.row_factory or tuple_row).execute(call.operation, call.params))
+        if connection.pending is None:
+            self._commit(call, connection)
+        return call.result
+
+    def _run_alone(self, call: Call, connection: NodeConnection[Any], prologue: Prologue) -> Any:
+        """Run one statement as a whole transaction, in one trip."""
+        cursor = connection.cursor(row_factory=call.row_factory or tuple_row)
+        want_position = call.kind == "write" and bool(self.replicas)
         if call.kind == "write":
             call.phase = Phase.COMMIT  # the commit is part of the statement's own trip
         with connection.lock:
-            connection.wait(cursor.execute_alone_gen(prologue, call.operation, call.params))
-        if cursor.description is not None:
-            return cursor.fetchall()
-        return [] if call.kind == "read" else cursor.rowcount
+            position = connection.wait(
+                cursor.execute_alone_gen(prologue, call.operation, call.params, want_position=want_position)
+            )
+        call.note_position(position)
+        return _rows(call, cursor)
 
     def _run_operation(self, call: Call, connection: NodeConnection[Any]) -> Any:
         transaction = WriteTransaction(connection)
-        token = transaction_variable.set(transaction) if call.kind == "write" else None
+        if call.claim is not None:
+            connection.flush_prologue()  # the operation must not run if the key is taken
+        outer_call = call_variable.set(call)
+        outer_transaction = transaction_variable.set(transaction) if call.kind == "write" else None
         connection.in_operation = True
         try:
             result = call.operation(connection)
@@ -350,32 +401,48 @@ class ConnectionPools:
                 check_transaction_open(connection)
         finally:
             connection.in_operation = False
-            if token is not None:
-                transaction_variable.reset(token)
-        if connection.pending is None:
-            call.phase = Phase.COMMIT
-            with connection.lock:
-                connection.wait(connection.command_gen(b"COMMIT"))
+            call_variable.reset(outer_call)
+            if outer_transaction is not None:
+                transaction_variable.reset(outer_transaction)
         return result
 
-    def _roll_back(self, connection: NodeConnection[Any]) -> None:
+    def _commit(self, call: Call, connection: NodeConnection[Any]) -> None:
+        with connection.lock:
+            if call.kind == "read":
+                connection.wait(connection.send_commit_gen())
+                return
+            call.secure_evidence(connection)
+            call.phase = Phase.COMMIT
+            call.note_position(
+                connection.wait(connection.commit_gen(call.kept(), want_position=bool(self.replicas)))
+            )
+
+    def _roll_back(self, connection: NodeConnection[Any] | None) -> None:
         """Roll back what is still open, so that the connection can go back."""
-        if connection.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-            try:
-                with connection.lock:
-                    connection.wait(connection.command_gen(b"ROLLBACK"))
-            except psycopg.Error:
-                connection.close()
+        if connection is None or connection.pgconn.transaction_status not in _OPEN:
+            return
+        try:
+            with connection.lock:
+                connection.wait(connection.command_gen(b"ROLLBACK"))
+        except psycopg.Error:
+            connection.close()
+
+    # --- after a failure ------------------------------------------------------------------------------------------
 
     def _recover(self, call: Call, first: psycopg.Error) -> Any:
         """Go on after a first failure, or raise what it means."""
         pending = [first]
 
         def attempt() -> Any:
-            if pending:
-                raise pending.pop()
-            call.attempt += 1
-            return self._attempt(call)
+            try:
+                if pending:
+                    raise pending.pop()
+                call.attempt += 1
+                return self._attempt(call)
+            except psycopg.Error:
+                if call.decision is not None and call.decision.action is Action.RESOLVE and self._resolve(call):
+                    return call.result
+                raise
 
         def announce(state: tenacity.RetryCallState) -> None:
             if self.hooks:
@@ -384,27 +451,87 @@ class ConnectionPools:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(call.may_go_on),
-            stop=lambda state: call.exhausted(state.attempt_number),
+            stop=lambda state: call.exhausted(state.attempt_number) or not self._may_spend(call),
             wait=lambda state: call.pause(state.attempt_number),
             before_sleep=announce,
             reraise=True,
         )
         try:
-            return retrying(attempt) if call.may_go_on(first) else attempt()
+            return retrying(attempt)
         except psycopg.Error as error:
             translated = call.translated(error)
             if translated is error:
                 raise
             raise translated from error
 
-    def _route(self, call: Call) -> Node:
+    def _may_spend(self, call: Call) -> bool:
+        """Whether the retry budget allows another attempt; waiting for a node to come back is free."""
+        waits = call.decision is not None and call.decision.until_deadline
+        return waits or self._budget.spend()
+
+    def _resolve(self, call: Call) -> bool:
+        """Find out what became of a commit whose reply was lost.
+
+        Returns:
+            Whether it is committed, and its result known. Otherwise ``call.decision`` says how to go on.
+        """
+        started = time.monotonic()
+        if call.claim is not None:
+            # Running it again with the same key is the answer: the key waits for the old transaction to end, and
+            # tells whether it committed.
+            call.decision = Decision(Action.FAIL_OVER, "the reply to COMMIT was lost", until_deadline=True)
+            return False
+        evidence, outcome = call.evidence, Outcome.UNKNOWN
+        if evidence is not None:
+            outcome = resolve_commit(lambda: self.primary.dsn, evidence, call.deadline)
+        call.resolved(self.hooks, outcome.value, time.monotonic() - started)
+        if outcome is Outcome.ABORTED:
+            call.decision = Decision(Action.FAIL_OVER, "the transaction was aborted", until_deadline=True)
+        return outcome is Outcome.COMMITTED
+
+    def _first_outcome(self, call: Call, connection: NodeConnection[Any] | None) -> Any:
+        """Return what the first run of an idempotent write returned."""
+        assert connection is not None  # noqa: S101 - whoever was refused the key had a connection
+        assert call.claim is not None  # noqa: S101 - and asked for it
+        row = connection.execute(_FIRST_OUTCOME, [call.claim.key, call.claim.claimant]).fetchone()
+        return call.first_outcome(row)
+
+    def _suspect(self, call: Call, node: Node) -> None:
+        reason = call.ejects
+        if reason is None:
+            return
+        if node.role == "replica":
+            self._health.eject(node, reason)
+        else:
+            self._health.suspect()
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    def _route(self, call: Call) -> tuple[Node, bool]:
+        """Return the node for an attempt, and whether it stands in for replicas."""
         if call.kind == "write" or call.use_primary or not self.replicas:
-            return self.primary
-        order = read_order(
+            return self.primary, False
+        replicas = self.replicas
+        position = call.must_see()
+        choice = choose_replica(
             call.consistency,
-            [node.health for node in self.replicas],
+            [node.view for node in replicas],
             turn=next(self._turns),
-            wrote=_wrote.get(),
+            position=position,
             max_lag=self.settings.max_replica_lag,
+            max_lag_bytes=self.settings.max_replica_lag_bytes,
         )
-        return self.replicas[order[0]] if order else self.primary
+        if choice.check:
+            call.position = position
+        return (self.primary, choice.degraded) if choice.index is None else (replicas[choice.index], False)
+
+    def _promote(self, node: Node) -> None:
+        """Send the writes to another node from now on."""
+        self.replicas = [each for each in self._nodes if each is not node]
+        self.primary = node
+
+
+def _rows(call: Call, cursor: NodeCursor[Any]) -> Any:
+    if cursor.description is not None:
+        return cursor.fetchall()
+    return [] if call.kind == "read" else cursor.rowcount

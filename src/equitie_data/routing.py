@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["Consistency", "ReplicaHealth", "read_order"]
+    from equitie_data.context import WalPosition
+
+__all__ = ["Consistency", "NodeReport", "ReadChoice", "ReplicaHealth", "ReplicaView", "choose_primary", "choose_replica"]
 
 Consistency: TypeAlias = Literal["session", "eventual", "strong"]
 
@@ -25,46 +27,128 @@ class ReplicaHealth:
         ejected: Whether it gets no reads.
         failures: Failed probes and reads since it was last well.
         probe_at: The monotonic time, in seconds, from which it may be probed again.
-        lag_seconds: How far its replay was behind when last probed.
+        lag_seconds: How old the last transaction it replayed was when probed; 0 when it had replayed everything.
+        lag_bytes: How much write-ahead log it was behind the primary.
+        timeline: The timeline it follows, as far as it says; 0 when not known.
     """
 
     ejected: bool = False
     failures: int = 0
     probe_at: float = 0.0
     lag_seconds: float = 0.0
+    lag_bytes: int = 0
+    timeline: int = 0
 
     def failed(self, now: float) -> ReplicaHealth:
         """Return its health after a failure: ejected, to be probed after a pause that doubles up to 30 s."""
         pause = min(_FIRST_PAUSE * 2**self.failures, _LONGEST_PAUSE)
         return attrs.evolve(self, ejected=True, failures=min(self.failures + 1, 16), probe_at=now + pause)
 
-    def probed(self, lag_seconds: float) -> ReplicaHealth:
-        """Return its health after a good probe."""
-        return ReplicaHealth(lag_seconds=lag_seconds)
+
+@attrs.frozen
+class ReplicaView:
+    """A replica as the router sees it.
+
+    Attributes:
+        health: What is known of it.
+        replayed: The last offset it was seen to have replayed, in bytes; it can only be further by now.
+        local: Whether it stands in this process's region.
+    """
+
+    health: ReplicaHealth
+    replayed: int = 0
+    local: bool = True
 
 
-def read_order(
+@attrs.frozen
+class ReadChoice:
+    """Where a read goes.
+
+    Attributes:
+        index: Of the replica; ``None`` for the primary.
+        check: Whether the replica must prove, in the read's own trip, that it has replayed the session's writes.
+        degraded: Whether the primary stands in because no replica is fit.
+    """
+
+    index: int | None
+    check: bool = False
+    degraded: bool = False
+
+
+def choose_replica(
     consistency: Consistency,
-    replicas: Sequence[ReplicaHealth],
+    replicas: Sequence[ReplicaView],
     *,
     turn: int,
-    wrote: bool,
+    position: WalPosition | None,
     max_lag: float,
-) -> list[int]:
-    """Return the replicas a read may use, first choice first; empty means the primary.
+    max_lag_bytes: int,
+) -> ReadChoice:
+    """Choose the node of a read: round robin over the fit replicas, this region's first.
 
     Args:
         consistency: What the caller asked for.
-        replicas: The health of each replica.
-        turn: The round-robin turn; it only chooses where the round starts.
-        wrote: Whether this context has written and must see it.
+        replicas: Every replica.
+        turn: The round-robin turn.
+        position: What the session must see.
         max_lag: The lag, in seconds, past which a replica is passed over.
+        max_lag_bytes: The lag, in bytes, past which a replica is passed over.
     """
-    if consistency == "strong" or (consistency == "session" and wrote):
-        return []
-    count = len(replicas)
-    return [
+    if consistency == "strong" or not replicas:
+        return ReadChoice(None)
+    fit = [
         index
-        for index in ((turn + offset) % count for offset in range(count))
-        if not replicas[index].ejected and replicas[index].lag_seconds <= max_lag
+        for index, replica in enumerate(replicas)
+        if not replica.health.ejected
+        and replica.health.lag_seconds <= max_lag
+        and replica.health.lag_bytes <= max_lag_bytes
     ]
+    fit = [index for index in fit if replicas[index].local] or fit
+    if not fit:
+        return ReadChoice(None, degraded=True)
+    if consistency == "eventual" or position is None:
+        return ReadChoice(fit[turn % len(fit)])
+    # The offset proves something only on the session's timeline or a later one.
+    candidates = [index for index in fit if replicas[index].health.timeline >= position.timeline]
+    caught_up = [index for index in candidates if replicas[index].replayed >= position.lsn]
+    if caught_up:
+        return ReadChoice(caught_up[turn % len(caught_up)])
+    if candidates:
+        return ReadChoice(candidates[turn % len(candidates)], check=True)
+    return ReadChoice(None)
+
+
+@attrs.frozen
+class NodeReport:
+    """What a node said of itself when probed.
+
+    Attributes:
+        in_recovery: Whether it is a standby.
+        timeline: The timeline it is on, or follows.
+        position: The offset it has written, or replayed, in bytes.
+        replay_age: The age of the last transaction it replayed, in seconds.
+    """
+
+    in_recovery: bool
+    timeline: int
+    position: int
+    replay_age: float = 0.0
+
+
+def choose_primary(current: int, reports: Iterable[NodeReport | None]) -> int:
+    """Choose the node that takes writes: the one out of recovery on the highest timeline.
+
+    The current one stays unless another is ahead of it by a promotion: a node that merely does not answer may come
+    back, and one that was promoted by mistake on the same timeline cannot exist.
+
+    Args:
+        current: The index of the node that is taken for the primary.
+        reports: Every node's report, ``None`` where it did not answer.
+    """
+    known = list(reports)
+    best, mine = current, known[current]
+    timeline = mine.timeline if mine is not None and not mine.in_recovery else -1
+    for index, report in enumerate(known):
+        if report is not None and not report.in_recovery and report.timeline > timeline:
+            best, timeline = index, report.timeline
+    return best

@@ -80,6 +80,11 @@ def _environment(_: object, attribute: attrs.Attribute[Any], value: str) -> None
         )
 
 
+def _pooler(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if value not in ("auto", "none", "transaction"):
+        raise ConfigurationError(f'{attribute.name} must be "auto", "none" or "transaction", not {value!r}.')
+
+
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -135,11 +140,18 @@ class Settings:
         idle_in_transaction_timeout: The longest an operation may leave its transaction idle; 0 for no limit.
         call_timeout: The deadline of one call over waiting for a connection and retries.
         health_check_interval: Between two probes of a node that is well.
-        max_replica_lag: A replica further behind gets no reads.
+        max_replica_lag: A replica further behind, in seconds, gets no reads.
+        max_replica_lag_bytes: A replica further behind, in bytes of write-ahead log, gets no reads.
+        region: Where this process runs; replicas of the same region are read first.
         read_attempts: Most attempts of a read.
         write_attempts: Most attempts of a write.
         retry_pause: The longest pause before the first retry; it doubles with every further one.
         retry_pause_limit: The longest pause before any retry.
+        leak_threshold: A connection held longer is reported with its holder.
+        service_role: The database role the service acts as; ``None`` for the login role itself, for databases
+            without row-level security.
+        pooler: ``"transaction"`` behind a pooler that gives every transaction another server connection, such as
+            PgBouncer; ``"none"`` without one; ``"auto"`` finds out when the database is opened.
         default_actor: ``"service"`` lets statements run without `acting_as`, for applications that use no
             row-level security.
         application_name: Shown in ``pg_stat_activity``.
@@ -162,10 +174,15 @@ class Settings:
     call_timeout: float = attrs.field(default=30.0, validator=_positive)
     health_check_interval: float = attrs.field(default=30.0, validator=_positive)
     max_replica_lag: float = attrs.field(default=10.0, validator=_positive)
+    max_replica_lag_bytes: int = attrs.field(default=16 * 2**20, validator=_count)
+    region: str | None = None
     read_attempts: int = attrs.field(default=3, validator=_count)
     write_attempts: int = attrs.field(default=4, validator=_count)
     retry_pause: float = attrs.field(default=0.05, validator=_positive)
     retry_pause_limit: float = attrs.field(default=1.0, validator=_positive)
+    leak_threshold: float = attrs.field(default=30.0, validator=_positive)
+    service_role: str | None = "service_role"
+    pooler: Literal["auto", "none", "transaction"] = attrs.field(default="auto", validator=_pooler)
     default_actor: Literal["service"] | None = attrs.field(default=None)
     application_name: str = "equitie_data"
     enable_audit_logging: bool = True
@@ -226,17 +243,23 @@ class Settings:
 
     def connection_parameters(self) -> dict[str, Any]:
         """Return what every connection of a pool is opened with."""
-        return {
+        parameters: dict[str, Any] = {
             "autocommit": True,
             "connect_timeout": max(round(self.connect_timeout), 2),  # libpq treats 1 as 2
             "tcp_user_timeout": 10_000,
             "keepalives_idle": 10,
             "application_name": self.application_name,
-            "options": (
+        }
+        if self.pooler == "transaction":
+            # The server connection is another one in every transaction: nothing may be left on it, and start-up
+            # options would not reach it. The prologue sets the time limits instead.
+            parameters["prepare_threshold"] = None
+        else:
+            parameters["options"] = (
                 f"-c statement_timeout={round(self.statement_timeout * 1000)} "
                 f"-c idle_in_transaction_session_timeout={round(self.idle_in_transaction_timeout * 1000)}"
-            ),
-        }
+            )
+        return parameters
 
 
 _NAMED_VARIABLES: Final = {
@@ -255,6 +278,8 @@ _OTHER_VARIABLES: Final = frozenset({"EQUITIE_PG_BIN"})
 
 def _parse(variable: str, field: str, text: str) -> Any:
     kind = cast("str", getattr(attrs.fields(Settings), field).type)
+    if field == "service_role" and text.lower() == "none":
+        return None
     try:
         if field == "replicas":
             return tuple(Replica.parse(part) for part in _REPLICA_SEPARATOR.split(text) if part.strip())

@@ -18,7 +18,9 @@ from psycopg import Connection, Cursor, ServerCursor, errors, generators, pq
 from psycopg._preparing import Prepare
 from psycopg.adapt import Transformer
 
-from equitie_data.errors import OperationEndedTransactionError
+from equitie_data.commit import Incarnation
+from equitie_data.context import WalPosition
+from equitie_data.errors import OperationEndedTransactionError, SwallowedErrorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -38,6 +40,12 @@ Row = TypeVar("Row")
 _SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
 _BAD: Final = pq.ConnStatus.BAD
+
+_INCARNATION: Final = (b"system_identifier", b"timeline", b"started_at", b"statistics_reset_at")
+# Back to the login role, the only one that may keep a result.
+_STORE_AS: Final = b"SELECT pg_catalog.set_config('role', 'none', true)"
+_STORE: Final = b"SELECT equitie_private.store_idempotent_result($1, $2)"
+_POSITION: Final = b"SELECT pg_catalog.pg_walfile_name(p.lsn), p.lsn FROM pg_catalog.pg_current_wal_insert_lsn() AS p (lsn)"
 
 
 class StatementObserver(Protocol):
@@ -88,8 +96,8 @@ def _remember(connection: PrologueCarrier, query: Any, wanted: Prepare, name: by
         prepared.validate(key, wanted, name, [result])
 
 
-def _exchange(connection: PrologueCarrier, opening: int) -> PQGen[list[PGresult]]:
-    """Flush a libpq pipeline, return every result up to its sync, and leave pipeline mode.
+def _exchange(connection: PrologueCarrier, opening: int, *, syncs: int = 1) -> PQGen[list[PGresult]]:
+    """Flush a libpq pipeline, return every result up to its last sync, and leave pipeline mode.
 
     The first ``opening`` results are the prologue's; an error among them is marked as such.
     """
@@ -98,8 +106,10 @@ def _exchange(connection: PrologueCarrier, opening: int) -> PQGen[list[PGresult]
     pgconn.pipeline_sync()
     yield from generators.send(pgconn)
     results: list[PGresult] = []
-    while not results or results[-1].status != _SYNC:
-        results.extend((yield from generators.fetch_many(pgconn)))
+    while syncs:
+        for result in (yield from generators.fetch_many(pgconn)):
+            syncs -= result.status == _SYNC
+            results.append(result)
     pgconn.exit_pipeline_mode()
     for place, result in enumerate(results):
         if result.status == _FATAL:
@@ -111,6 +121,32 @@ def _exchange(connection: PrologueCarrier, opening: int) -> PQGen[list[PGresult]
 def _is_script(query: PostgresQuery) -> bool:
     """Whether the text may hold several statements, which only the simple protocol takes."""
     return not query.params and b";" in query.query.rstrip(b"; \t\r\n")
+
+
+def _position_of(result: PGresult) -> WalPosition | None:
+    file, lsn = result.get_value(0, 0), result.get_value(0, 1)
+    if file is None or lsn is None:
+        return None
+    # The first eight hexadecimal digits of a segment's name are its timeline (PostgreSQL, "WAL Internals").
+    return WalPosition(int(file[:8], 16), WalPosition.parse_lsn(lsn.decode()))
+
+
+def _watched(generator: PQGen[Any], watch: Callable[[float], None]) -> PQGen[Any]:
+    """Drive a generator, telling ``watch`` whenever psycopg's wait ran out without news from the server."""
+    quiet_since: float | None = None
+    try:
+        wanted = next(generator)
+        while True:
+            ready = yield wanted
+            if ready:
+                quiet_since = None
+            else:
+                now = time.monotonic()
+                quiet_since = quiet_since or now
+                watch(now - quiet_since)
+            wanted = generator.send(ready)
+    except StopIteration as stop:
+        return stop.value
 
 
 class PrologueCarrier:
@@ -126,6 +162,16 @@ class PrologueCarrier:
     """Who hears of every statement."""
     prologue_failed = False
     """Whether the last error was the prologue's own."""
+    opening: PGresult | None = None
+    """What the last prologue returned."""
+    behind = False
+    """Whether the replica has not replayed what the session must see."""
+    commit_sent = False
+    """Whether a COMMIT was sent whose reply nobody has read yet."""
+    incarnation: Incarnation | None = None
+    """The life of the server that this connection belongs to; read with its first write."""
+    watch: Callable[[float], None] | None = None
+    """Called every 0.1 s of waiting for the server, with the seconds waited; raises to give up."""
     in_operation = False
     """Whether an operation is running, which must leave the transaction to the library."""
 
@@ -140,6 +186,81 @@ class PrologueCarrier:
         opening = 1 + _send(self, prologue, wanted, name)
         results = yield from _exchange(self, opening)
         _remember(self, prologue, wanted, name, results[-2])
+        self.note_opening(prologue, results[-2])
+
+    def note_opening(self, prologue: Prologue, result: PGresult) -> None:
+        """Keep what a prologue returned, and refuse to go on where the replica is behind.
+
+        Raises:
+            psycopg.OperationalError: The replica has not replayed what the session must see.
+        """
+        self.opening = result
+        if prologue.position is not None:
+            replayed = self.opening_value(b"replayed")
+            if replayed is None or WalPosition.parse_lsn(replayed) < prologue.position:
+                self.behind = True
+                raise errors.OperationalError("the replica has not replayed what this session wrote")
+
+    def opening_value(self, column: bytes) -> str | None:
+        """Return one column of what the last prologue returned."""
+        result = self.opening
+        if result is None:
+            return None
+        for place in range(result.nfields - 1, -1, -1):  # what is asked for stands at the end
+            if result.fname(place) == column:
+                value = result.get_value(0, place)
+                return None if value is None else value.decode()
+        return None
+
+    def read_incarnation(self) -> None:
+        """Take the server's incarnation from what the last prologue returned."""
+        values = [self.opening_value(column) or "" for column in _INCARNATION]
+        self.incarnation = Incarnation(*values)
+
+    def send_commit_gen(self) -> PQGen[None]:
+        """Send COMMIT without waiting for its reply; only for reads, whose commit cannot fail them."""
+        self.pgconn.send_query(b"COMMIT")
+        self.commit_sent = True
+        yield from generators.send(self.pgconn)
+
+    def drain_gen(self) -> PQGen[None]:
+        """Read the reply to a COMMIT that was not waited for."""
+        yield from generators.fetch_many(self.pgconn)
+        self.commit_sent = False
+
+    def commit_gen(self, keep: tuple[str, str | None] | None, *, want_position: bool) -> PQGen[WalPosition | None]:
+        """Commit a write, in one trip with what goes before and after it.
+
+        Args:
+            keep: An idempotency key this transaction has claimed, and the result to keep for it.
+            want_position: Whether to ask for the place in the log where the commit stands.
+
+        Returns:
+            That place.
+
+        Raises:
+            SwallowedErrorError: The server rolled back instead.
+        """
+        pgconn = self.pgconn
+        self.prologue_failed = False
+        pgconn.enter_pipeline_mode()
+        if keep is not None:
+            pgconn.send_query_params(_STORE_AS, None)
+            key, result = keep
+            pgconn.send_query_params(_STORE, [key.encode(), None if result is None else result.encode()])
+        pgconn.send_query_params(b"COMMIT", None)
+        if want_position:
+            pgconn.send_query_params(_POSITION, None)
+        results = yield from _exchange(self, 0)
+        commit = results[2 if keep is not None else 0]
+        if commit.command_status != b"COMMIT":
+            raise SwallowedErrorError(
+                "The server rolled the transaction back instead of committing it, because a statement in it had "
+                "failed: nothing was written; let the error out of the operation."
+            )
+        if not want_position:
+            return None
+        return _position_of(results[-2])
 
     def command_gen(self, command: bytes) -> PQGen[Any]:
         """Run a command that takes no parameters and returns no rows."""
@@ -181,7 +302,9 @@ class PrologueRider:
                     return
             yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)  # type: ignore[misc]
 
-    def execute_alone_gen(self, prologue: Prologue, query: Query, params: Params | None) -> PQGen[None]:
+    def execute_alone_gen(
+        self, prologue: Prologue, query: Query, params: Params | None, *, want_position: bool = False
+    ) -> PQGen[WalPosition | None]:
         """Run the prologue and one statement as a whole transaction, in one trip.
 
         Everything up to the sync is one implicit transaction: it commits with the statement, and an error leaves
@@ -189,7 +312,11 @@ class PrologueRider:
         """
         with self.observed():
             parsed = self._parse(query, params)
-            yield from self._execute_after_gen(prologue, parsed, begin=False, prepare=None)
+            return (
+                yield from self._execute_after_gen(
+                    prologue, parsed, begin=False, prepare=None, want_position=want_position
+                )
+            )
 
     def _parse(self, query: Query, params: Params | None) -> PostgresQuery:
         self._reset()  # type: ignore[attr-defined]
@@ -197,8 +324,14 @@ class PrologueRider:
         return self._convert_query(query, params)  # type: ignore[attr-defined,no-any-return]
 
     def _execute_after_gen(
-        self, prologue: Prologue, parsed: PostgresQuery, *, begin: bool, prepare: bool | None
-    ) -> PQGen[None]:
+        self,
+        prologue: Prologue,
+        parsed: PostgresQuery,
+        *,
+        begin: bool,
+        prepare: bool | None,
+        want_position: bool = False,
+    ) -> PQGen[WalPosition | None]:
         connection, pgconn = self._conn, self._pgconn
         prepared = connection._prepared
         self._query = parsed
@@ -208,15 +341,21 @@ class PrologueRider:
         opening, opening_name = prepared.get(prologue, prepare=True)
         before = begin + _send(connection, prologue, opening, opening_name)
         wanted, name = prepared.get(parsed, prepare)
-        _send(connection, parsed, wanted, name)
-        results = yield from _exchange(connection, before)
-        result = results[-2]  # the last one is the sync
+        here = before + _send(connection, parsed, wanted, name)
+        if want_position:
+            # After a sync of its own: what it returns must not be older than the commit.
+            pgconn.pipeline_sync()
+            pgconn.send_query_params(_POSITION, None)
+        results = yield from _exchange(connection, before, syncs=1 + want_position)
+        result = results[here - 1]
         self._check_results([result])  # type: ignore[attr-defined]
         _remember(connection, prologue, opening, opening_name, results[before - 1])
         _remember(connection, parsed, wanted, name, result)
+        connection.note_opening(prologue, results[before - 1])
         self._set_results([result])  # type: ignore[attr-defined]
         if prepared._to_flush:
             yield from prepared.maintain_gen(connection)
+        return _position_of(results[-2]) if want_position else None
 
     @contextmanager
     def observed(self, count_rows: Callable[[], int] | None = None) -> Iterator[None]:
@@ -281,6 +420,10 @@ class NodeConnection(PrologueCarrier, Connection["RowType"]):
         super().__init__(*args, **kwargs)
         self.cursor_factory = NodeCursor
         self.server_cursor_factory = NodeServerCursor
+
+    def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
+        """Drive a generator, under the eye of `watch`."""
+        return super().wait(gen if self.watch is None else _watched(gen, self.watch), *args, **kwargs)
 
     def _start_query(self) -> PQGen[None]:
         yield from self.send_prologue_gen()

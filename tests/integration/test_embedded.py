@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from equitie_data import embedded
 from equitie_data._postgres_account import first_path_closed_to, unprivileged_account
+from equitie_data._postgres_process import free_port
 from equitie_data.embedded import EmbeddedServer, find_server, find_servers
 from equitie_data.errors import EmbeddedServerError
 
@@ -94,15 +95,15 @@ def test_every_version_means_the_same_by_its_settings(server: EmbeddedServer) ->
 
 
 def test_tcp_and_socket_ask_for_the_password(server: EmbeddedServer) -> None:
-    password = psycopg.conninfo.conninfo_to_dict(server.dsn())["password"]
+    password = str(psycopg.conninfo.conninfo_to_dict(server.dsn())["password"])
     for host in ("127.0.0.1", str(server.socket_dir)):
-        login = {"host": host, "port": server.port, "user": "postgres", "dbname": "postgres"}
-        with psycopg.connect(**login, password=password) as connection:
+        login = f"host='{host}' port={server.port} user=postgres dbname=postgres"
+        with psycopg.connect(login, password=password) as connection:
             assert connection.info.status == psycopg.pq.ConnStatus.OK
         with pytest.raises(psycopg.OperationalError, match="password"):
-            psycopg.connect(**login, password="wrong")
+            psycopg.connect(login, password="wrong")
         with pytest.raises(psycopg.OperationalError, match="no password supplied"):
-            psycopg.connect(**login, passfile=os.devnull)
+            psycopg.connect(login, passfile=os.devnull)
     [(hash_,)] = query(server, "SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'")
     assert str(hash_).startswith("SCRAM-SHA-256$")
 
@@ -171,10 +172,16 @@ def test_starting_and_stopping_twice_is_no_error(bin_dir: Path) -> None:
 
 def test_a_failing_with_block_stops_it(bin_dir: Path) -> None:
     server = EmbeddedServer(bin_dir=bin_dir)
-    with pytest.raises(LookupError), server:
-        data_dir = server.data_dir
-        raise LookupError
-    assert not data_dir.exists()
+
+    def fail() -> None:
+        with server:
+            places.append(server.data_dir)
+            raise LookupError
+
+    places: list[Path] = []
+    with pytest.raises(LookupError):
+        fail()
+    assert not places[0].exists()
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -183,7 +190,8 @@ def test_durability_goes_with_the_data_directory(bin_dir: Path, place: Path, kep
         expected = ("on", "on", "on") if kept else ("off", "on", "on")
         [row] = query(
             server,
-            "SELECT current_setting('fsync'), current_setting('synchronous_commit'), current_setting('full_page_writes')",
+            "SELECT current_setting('fsync'), current_setting('synchronous_commit'),"
+            " current_setting('full_page_writes')",
         )
         assert row == expected
         assert query(server, "SHOW data_checksums") == [("on" if kept or server.major >= 18 else "off",)]
@@ -268,7 +276,7 @@ def test_a_port_that_was_taken_meanwhile_is_given_up(bin_dir: Path, place: Path)
 
 
 def test_a_port_taken_between_choice_and_use_is_given_up(bin_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = embedded.free_port(), embedded.free_port()
+    ports = free_port(), free_port()
     choices = iter(ports)
     monkeypatch.setattr(embedded, "free_port", lambda: next(choices))
     with socket.create_server(("127.0.0.1", ports[0])), EmbeddedServer(bin_dir=bin_dir) as server:
@@ -331,9 +339,22 @@ def test_a_data_directory_in_use_is_refused(bin_dir: Path, place: Path) -> None:
     with EmbeddedServer(place / "data", bin_dir=bin_dir) as server:
         pid = (server.data_dir / "postmaster.pid").read_text().splitlines()[0]
         second = EmbeddedServer(place / "data", bin_dir=bin_dir)
-        with pytest.raises(EmbeddedServerError, match=rf"in use by another server \(process {pid}\): stop it or choose"):
+        with pytest.raises(
+            EmbeddedServerError, match=rf"in use by another server \(process {pid}\): stop it or choose"
+        ):
             second.start()
         second.stop()
+        assert query(server, "SELECT 1") == [(1,)]
+
+
+def test_a_crashed_servers_stop_spares_the_next_server_of_its_data(bin_dir: Path, place: Path) -> None:
+    crashed = EmbeddedServer(place / "data", bin_dir=bin_dir)
+    crashed.start()
+    crashed.kill()
+    with EmbeddedServer(place / "data", bin_dir=bin_dir) as server:
+        with pytest.raises(EmbeddedServerError, match="in use by another server"):
+            crashed.start()
+        crashed.stop()
         assert query(server, "SELECT 1") == [(1,)]
 
 
@@ -465,14 +486,9 @@ def test_the_environment_is_read_at_the_call(monkeypatch: pytest.MonkeyPatch, pl
 # The process that started it.
 
 
-def run_script(script: str, *arguments: object, **popen: object) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        **popen,  # type: ignore[call-overload]
-    ).stdout
+def run_script(script: str, *arguments: object, env: dict[str, str] | None = None) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd="/").stdout
 
 
 START = """
@@ -629,8 +645,8 @@ def test_data_of_another_account_is_opened_under_it(bin_dir: Path, place: Path) 
 def test_programs_that_only_root_may_run_are_copied_not_opened(bin_dir: Path, place: Path) -> None:
     installation = bin_dir.parent
     if not (installation / "share").is_dir():
-        server = one_error_of_closed_programs(bin_dir, place)
-        assert "may not be executed by the unprivileged account" in server
+        message = one_error_of_closed_programs(bin_dir, place)
+        assert "may not be executed by the unprivileged account" in message
         return
     home = place / "home"
     home.mkdir(mode=0o700)
@@ -683,15 +699,15 @@ def test_an_ordinary_user_runs_it_under_the_own_account(bin_dir: Path, place: Pa
     """
     environment = {**os.environ, "HOME": str(home), "TMPDIR": str(home)}
     arguments = [home, bin_dir, nobody.pw_uid, nobody.pw_gid, "kept" if kept else ""]
-    assert run_script(script, *arguments, env=environment, cwd="/") == f"7 {nobody.pw_uid}\n"
+    assert run_script(script, *arguments, env=environment) == f"7 {nobody.pw_uid}\n"
     assert [path.name for path in home.iterdir()] == (["data"] if kept else [])
 
 
 # Replicas.
 
 
-def replicated(replica: EmbeddedServer, statement: str, expected: object) -> None:
-    while query(replica, statement) != [(expected,)]:
+def await_answer(server: EmbeddedServer, statement: str, answer: object) -> None:
+    while query(server, statement) != [(answer,)]:
         time.sleep(0.005)
 
 
@@ -701,7 +717,7 @@ def test_a_replica_streams_until_it_is_promoted(bin_dir: Path) -> None:
         with primary.replica() as replica, primary.replica(settings={"work_mem": "9MB"}) as other:
             query(primary, "INSERT INTO kept VALUES (2)")
             for each in (replica, other):
-                replicated(each, "SELECT count(*) FROM kept", 2)
+                await_answer(each, "SELECT count(*) FROM kept", 2)
                 assert query(each, "SELECT pg_is_in_recovery()") == [(True,)]
                 assert query(each, "SHOW max_connections") == [("23",)]
             assert query(other, "SHOW work_mem") == [("9MB",)]
@@ -711,7 +727,7 @@ def test_a_replica_streams_until_it_is_promoted(bin_dir: Path) -> None:
                 query(replica, "INSERT INTO kept VALUES (3)")
             primary.restart()
             query(primary, "INSERT INTO kept VALUES (3)")
-            replicated(replica, "SELECT count(*) FROM kept", 3)
+            await_answer(replica, "SELECT count(*) FROM kept", 3)
             primary.kill()
             replica.promote()
             query(replica, "INSERT INTO kept VALUES (4)")
@@ -720,13 +736,21 @@ def test_a_replica_streams_until_it_is_promoted(bin_dir: Path) -> None:
         assert query(primary, "SELECT count(*) FROM pg_replication_slots") == [(0,)]
 
 
+def test_a_replicas_slot_goes_with_it(bin_dir: Path) -> None:
+    with EmbeddedServer(bin_dir=bin_dir) as primary:
+        for _ in range(3):
+            with primary.replica():
+                await_answer(primary, "SELECT active FROM pg_replication_slots", answer=True)
+            assert query(primary, "SELECT count(*) FROM pg_replication_slots") == [(0,)]
+
+
 def test_a_kept_replica_goes_on_where_it_was(bin_dir: Path, place: Path) -> None:
     with EmbeddedServer(bin_dir=bin_dir) as primary:
         with primary.replica(place / "replica"):
             pass
         query(primary, "CREATE TABLE kept AS SELECT 1 AS id")
         with EmbeddedServer(place / "replica", bin_dir=bin_dir) as replica:
-            replicated(replica, "SELECT to_regclass('kept')::text", "kept")
+            await_answer(replica, "SELECT to_regclass('kept')::text", "kept")
 
 
 def test_a_primary_cannot_be_promoted(server: EmbeddedServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import random
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -11,9 +12,12 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from tests.migration.conftest import Platform
 
 TODAY = dt.datetime.now(dt.timezone.utc).date()
+# Too long for an index entry, and not to be compressed into one.
+LONG = random.Random(0).randbytes(50_000).hex()
 NEXT_MONTH = (TODAY.replace(day=1) + dt.timedelta(days=32)).replace(day=1)
 
 
@@ -36,11 +40,16 @@ def test_an_update_keeps_the_columns_that_changed_on_both_sides(platform: Platfo
     before = platform.one("SELECT updated_at FROM investors_clean WHERE investor_id = %s", key)
     platform.owner.execute("UPDATE investors_clean SET phone = '1', nationality = NULL WHERE investor_id = %s", (key,))
 
-    ((action, changes),) = platform.events_after(mark, "action", "changes")
+    ((action, changes, was_updated, is_updated),) = platform.events_after(
+        mark,
+        "action",
+        "changes #- '{before,updated_at}' #- '{after,updated_at}'",
+        "(changes #>> '{before,updated_at}')::timestamptz",
+        "(changes #>> '{after,updated_at}')::timestamptz",
+    )
     assert action == "UPDATE"
-    assert dt.datetime.fromisoformat(changes["before"].pop("updated_at")) == before
-    assert dt.datetime.fromisoformat(changes["after"].pop("updated_at")) > before
     assert changes == {"before": {"phone": None}, "after": {"phone": "1"}}
+    assert before == was_updated < is_updated
 
 
 @pytest.mark.parametrize(
@@ -292,7 +301,7 @@ def test_nobody_becomes_the_service_by_saying_so(platform: Platform) -> None:
         ("", '{"ip_address": "somewhere", "request_id": "r"}', ["ip_address"]),
         ("", '{"user_agent": "\\u0000"}', ["equitie.context"]),
         ("[]", "7", None),
-        ("", json.dumps({"request_id": "r" * 100_000, "user_agent": "u" * 100_000}), None),
+        ("", json.dumps({"request_id": LONG, "user_agent": "u" * 100_000}), None),
     ],
 )
 def test_a_malformed_context_costs_neither_the_write_nor_its_event(
@@ -309,7 +318,7 @@ def test_a_malformed_context_costs_neither_the_write_nor_its_event(
     ((metadata, user_id, request_id),) = platform.events_after(mark, "metadata", "user_id", "request_id")
     assert metadata == (None if malformed is None else {"malformed": malformed})
     assert user_id is None
-    assert request_id is None or set(request_id) == {"r"}
+    assert request_id in {None, "r", LONG[:256]}
 
 
 def test_changes_do_not_depend_on_the_session(platform: Platform) -> None:

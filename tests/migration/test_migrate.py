@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -69,7 +70,7 @@ def run(*arguments: str, dsn: str, **environment: str) -> subprocess.CompletedPr
         text=True,
         check=False,
         timeout=60,
-        env={"DATABASE_URL": dsn, "PATH": "/usr/bin:/bin", **environment},
+        env={**os.environ, "DATABASE_URL": dsn, "MIGRATION_DATABASE_URL": "", **environment},
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from tests.migration.conftest import Platform
 
 ENSURE = "SELECT equitie_private.ensure_month_partitions(%s, %s, %s)"

@@ -117,14 +117,14 @@ class FakeTransaction:
 def transaction(log: FakeLog) -> Iterator[FakeTransaction]:
     """A write as the pool runs one: its actions before the commit, nothing stored if anything raises."""
     running = FakeTransaction(FakeConnection(log))
-    token = context._transaction.set(running)  # type: ignore[arg-type]
+    token = context.transaction_variable.set(running)  # type: ignore[arg-type]
     try:
         yield running
         for action in running.actions:
             action(running.connection)
         log.events += running.connection.sent
     finally:
-        context._transaction.reset(token)
+        context.transaction_variable.reset(token)
 
 
 def event_id(event: dict[str, Any]) -> str:

@@ -248,7 +248,7 @@ def test_system_metrics(monitor: PerformanceMonitor, store: FakeStore) -> None:
 
 @pytest.fixture
 def interrupted_additions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread runs in the middle of every addition: without its lock a count is lost for certain, not by luck."""
+    """Another thread runs in the middle of every addition: without the lock, counts are lost for certain."""
     add = QueryCounts.add
 
     def interrupted(counts: QueryCounts, seconds: float, rows: int | None) -> None:

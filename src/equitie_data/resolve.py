@@ -1,0 +1,89 @@
+"""What became of a transaction whose COMMIT was not answered: asks the server, on a connection of its own.
+
+First the old backend is fenced, because a transaction still waiting there could commit after it was asked about.
+Then the server is asked for the transaction's status, and `commit.judge` weighs the answer against the server's
+incarnation.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import attrs
+import psycopg
+
+from equitie_data.commit import Incarnation, Outcome, TransactionStatus, judge
+from equitie_data.connect import connect
+from equitie_data.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Evidence", "resolve_commit"]
+
+_PAUSE = 0.25  # seconds between two tries
+
+# Only a backend that still works on this very transaction: its process id may be somebody else's by now.
+_FENCE = """
+SELECT pg_catalog.pg_terminate_backend(a.pid, 2000)
+FROM pg_catalog.pg_stat_activity AS a
+WHERE a.pid = %s AND a.backend_xid = (%s::pg_catalog.xid8)::pg_catalog.xid
+"""
+_INCARNATION = """
+SELECT (SELECT c.system_identifier::text FROM pg_catalog.pg_control_system() AS c),
+       pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8),
+       extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
+       (SELECT extract(epoch FROM w.stats_reset)::text FROM pg_catalog.pg_stat_wal AS w)
+"""
+_STATUS = "SELECT pg_catalog.pg_xact_status(%s::pg_catalog.xid8)"
+
+
+@attrs.frozen
+class Evidence:
+    """What is known of the transaction.
+
+    Attributes:
+        xid: Its id.
+        backend_pid: The server process it ran in.
+        incarnation: The life of the server it ran in.
+    """
+
+    xid: str
+    backend_pid: int
+    incarnation: Incarnation
+
+
+def resolve_commit(primary_dsn: Callable[[], str], evidence: Evidence, deadline: float) -> Outcome:
+    """Find out what became of a transaction.
+
+    Args:
+        primary_dsn: Returns the DSN of the node that takes writes now; it may change while this waits.
+        evidence: What is known of the transaction.
+        deadline: The monotonic time, in seconds, until which to try; one try is made in any case.
+    """
+    outcome = Outcome.UNKNOWN
+    while True:
+        try:
+            outcome = _ask(primary_dsn(), evidence)
+        except (UnavailableError, psycopg.Error):
+            outcome = Outcome.UNKNOWN
+        if outcome is not Outcome.UNKNOWN or time.monotonic() + _PAUSE >= deadline:
+            return outcome
+        time.sleep(_PAUSE)
+
+
+def _ask(dsn: str, evidence: Evidence) -> Outcome:
+    with connect(dsn, connect_timeout=2, tcp_user_timeout=5000) as conn:
+        if conn.info.parameter_status("in_hot_standby") == "on":
+            return Outcome.UNKNOWN
+        conn.execute(_FENCE, [evidence.backend_pid, evidence.xid])
+        row = conn.execute(_INCARNATION).fetchone()
+        assert row is not None  # noqa: S101 - a SELECT of one row
+        try:
+            answer = conn.execute(_STATUS, [evidence.xid]).fetchone()
+        except psycopg.errors.InvalidParameterValue:
+            status: TransactionStatus | None = "in the future"  # this incarnation has not got that far
+        else:
+            status = None if answer is None else answer[0]
+        return judge(evidence.incarnation, Incarnation(*(value or "" for value in row)), status)
