@@ -589,7 +589,10 @@ BEGIN
     left(e.user_agent, 1024),
     left(e.session_id, 256),
     left(e.request_id, 256),
-    CASE WHEN is_service THEN left(coalesce(e.reason, acting.reason), 1024) END
+    -- The service's own reason explains its own events, not those it writes for users.
+    CASE
+      WHEN is_service THEN left(coalesce(e.reason, CASE WHEN e.user_id IS NULL THEN acting.reason END), 1024)
+    END
   FROM jsonb_to_recordset(readable) AS e (
     "timestamp" timestamptz, actor_type text, action text, entity_type text, entity_id text, changes jsonb, metadata jsonb,
     user_id uuid, tenant_id text, ip_address inet, user_agent text, session_id text, request_id text, reason text

@@ -20,7 +20,8 @@ def query(name: str) -> LiteralString:
         FileNotFoundError: The package has no query of that name.
     """
     # The one cast: what stands in the package's own files is as literal as if it stood in its code.
-    return cast("LiteralString", (files("equitie_data") / "sql" / "queries" / f"{name}.sql").read_text("utf-8"))
+    text = (files("equitie_data") / "sql" / "queries" / f"{name}.sql").read_text("utf-8")
+    return cast("LiteralString", text)
 
 
 @functools.cache

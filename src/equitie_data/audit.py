@@ -19,9 +19,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import attrs
-import structlog
 from psycopg.rows import tuple_row
 
+from equitie_data._log import get_logger
 from equitie_data.audit_events import AuditAction, AuditEvent, AuditRecord
 from equitie_data.audit_queue import AuditQueue, AuditStats, record
 from equitie_data.context import bind, current_actor, current_transaction
@@ -42,7 +42,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 EntityId: TypeAlias = "str | int | UUID"
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 _QUERY = """
 SELECT audit_id, "timestamp", source, actor_type, user_id, tenant_id, action, entity_type, entity_id, changes,
@@ -65,6 +65,7 @@ class AuditLogger:
         flush_interval: seconds an event waits at most for its batch to fill.
         capacity: events that may wait; beyond it `log` writes a batch itself.
         secret_names: field names masked besides the built-in ones (see `equitie_data.redaction`).
+        enabled: whether events are recorded at all; their form is checked either way.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class AuditLogger:
         flush_interval: float = 5.0,
         capacity: int = 10_000,
         secret_names: Collection[str] = (),
+        enabled: bool = True,
     ) -> None:
+        self._enabled = enabled
         self._queue = AuditQueue(
             execute_write=execute_write, batch_size=batch_size, flush_interval=flush_interval, capacity=capacity
         )
@@ -163,6 +166,8 @@ class AuditLogger:
             Exception: inside a write, what writing raised; outside, only if the queue is full and cannot be written.
         """
         event = self._event(action, entity_type, entity_id, changes, metadata)
+        if not self._enabled:
+            return
         transaction = current_transaction()
         if transaction is None:
             self._queue.add(event)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import psycopg
-import structlog
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
+from equitie_data._log import get_logger
 from equitie_data.audit_events import EVENT_ID_KEY
 from equitie_data.context import as_service
 from equitie_data.errors import CommitOutcomeUnknown, NotOpenError, UnavailableError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditQueue", "AuditStats", "record"]
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts of a flush that keeps failing
 _CLOCK_SLACK = 60.0  # seconds

@@ -63,6 +63,7 @@ class Call:
     __slots__ = (
         "actor",
         "attempt",
+        "backend_pid",
         "claim",
         "connection",
         "consistency",
@@ -70,6 +71,7 @@ class Call:
         "decision",
         "evidence",
         "idempotency_key",
+        "in_doubt",
         "kind",
         "name",
         "node",
@@ -101,9 +103,13 @@ class Call:
         idempotency_key: str | None = None,
     ) -> None:
         if idempotency_key is not None and not (
-            isinstance(idempotency_key, str) and 0 < len(idempotency_key) <= _KEY_LIMIT and "\x00" not in idempotency_key
+            isinstance(idempotency_key, str)
+            and 0 < len(idempotency_key) <= _KEY_LIMIT
+            and "\x00" not in idempotency_key
         ):
-            raise ConfigurationError("idempotency_key must be text of 1 to 255 characters: name the write by its request.")
+            raise ConfigurationError(
+                "idempotency_key must be text of 1 to 255 characters: name the write by its request."
+            )
         if idempotency_key is not None and idempotency_key.startswith("auto:"):
             raise ConfigurationError('idempotency_key must not begin with "auto:": the library names its own so.')
         if params is not None and callable(operation):
@@ -126,6 +132,8 @@ class Call:
         self.idempotency_key = idempotency_key
         self.claim: IdempotencyClaim | None = None
         self.evidence: Evidence | None = None
+        self.in_doubt = False
+        self.backend_pid: int | None = None
         self.result: Any = None
         self.position: WalPosition | None = None
         # An explicit timeout bounds the statement as well; without a limit, neither is bounded.
@@ -136,6 +144,11 @@ class Call:
         self.connection: PrologueCarrier | None = None
         self.decision: Decision | None = None
         self.use_primary = False
+
+    def begin_attempt(self) -> None:
+        """Forget what the attempt before had reached."""
+        self.phase = Phase.CHECKOUT
+        self.connection = self.evidence = self.backend_pid = self.position = None
 
     # --- the transaction ------------------------------------------------------------------------------------------
 
@@ -152,7 +165,7 @@ class Call:
         plain = self.idempotency_key is None and self.settings.default_actor is None
         return plain and node.round_trip > _ONE_TRIP_FROM
 
-    def prologue(self, node: Node, connection: PrologueCarrier, *, one_trip: bool) -> Prologue:
+    def prologue(self, connection: PrologueCarrier, *, one_trip: bool) -> Prologue:
         """Return what this attempt's transaction begins with."""
         timeout = self.statement_timeout
         if timeout is None and self.settings.pooler == "transaction":
@@ -191,6 +204,14 @@ class Call:
         xid, pid = connection.opening_value(b"xid"), connection.opening_value(b"pid")
         if xid is not None and pid is not None and connection.incarnation is not None:
             self.evidence = Evidence(xid, int(pid), connection.incarnation)
+
+    def note_claim(self, connection: PrologueCarrier, error: psycopg.Error | None = None) -> None:
+        """Note that this attempt was given the key, if it was: then no earlier attempt has committed or can."""
+        claimed = connection.opening is not None or (
+            error is not None and error.sqlstate is not None and not connection.prologue_failed
+        )
+        if self.claim is not None and claimed:
+            self.in_doubt = False
 
     def kept(self) -> tuple[str, str | None] | None:
         """Return the key this write was given and its result as JSON, if it can be written so."""
@@ -324,6 +345,8 @@ class Call:
 
     def translated(self, error: psycopg.Error) -> Exception:
         """Turn what the library has to say about an error into one of its own; all others stay as they are."""
+        if self.in_doubt:
+            return self._unknown()
         if isinstance(error, EquitieDataError):
             return error
         if error.sqlstate == "25006" and self.kind == "read":
@@ -339,12 +362,6 @@ class Call:
         node = "the primary" if self.node is None else f"{self.node.role} {self.node.name}"
         action = Action.RAISE if self.decision is None else self.decision.action
         reason = "" if self.decision is None else self.decision.reason
-        if action is Action.RESOLVE:
-            return CommitOutcomeUnknown(
-                f"The connection to {node} was lost while it committed, and the server cannot say what became of the "
-                "write: look for what it would have written before you run it again; with an idempotency_key it could "
-                "simply be run again."
-            )
         if action is Action.FAIL_OVER:
             times = f"{self.attempt} times" if self.attempt > 1 else "once"
             return UnavailableError(
@@ -352,6 +369,19 @@ class Call:
                 "try again."
             )
         return error
+
+    def _unknown(self) -> CommitOutcomeUnknown:
+        node = "the primary" if self.node is None else self.node.name
+        advice = (
+            "run it again with the same idempotency_key, which returns its result if it is there"
+            if self.idempotency_key is not None
+            else "look for what it would have written before you run it again; with an idempotency_key it could simply "
+            "be run again"
+        )
+        return CommitOutcomeUnknown(
+            f"The connection to {node} was lost while it committed, and what became of the write could not be "
+            f"established: {advice}."
+        )
 
     # --- events ---------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,6 @@ def judge(before: Incarnation, now: Incarnation, status: TransactionStatus | Non
         if status == "committed":
             return Outcome.COMMITTED
         return Outcome.ABORTED if status == "aborted" else Outcome.UNKNOWN
-    # Another incarnation: a reused id can look committed; everything else means that ours did not survive.
-    if status is None or status == "committed":
-        return Outcome.UNKNOWN
-    return Outcome.ABORTED
+    # Another incarnation: a reused id can look committed, and after a mere reset of the statistics the transaction can
+    # still be under way. An aborted one, or one that this incarnation has not got to, did not survive.
+    return Outcome.ABORTED if status in ("aborted", "in the future") else Outcome.UNKNOWN

@@ -30,6 +30,7 @@ _ADVICE = (
     ("too many clients", "the server has no free connection: raise max_connections or shrink the pools"),
     ("starting up", "the server is starting: try again in a moment"),
     ("shutting down", "the server is shutting down"),
+    ("unsupported startup parameter", "a pooler in between refuses a startup parameter"),
     ("server does not support SSL", "the DSN asks for TLS, which the server does not offer"),
 )
 

@@ -13,17 +13,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from equitie_data.csv_file import CsvFile, Record
 from equitie_data.errors import ImportFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from equitie_data.csv_file import Record
+
 __all__ = [
     "FIELDS",
     "REQUIRED_FIELDS",
-    "CsvFile",
-    "Record",
     "Rejection",
     "RowReader",
     "StagedRow",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
+
+from equitie_data._log import get_logger
 from equitie_data.audit import AuditLogger
 from equitie_data.connect import connect
-from equitie_data.errors import ConfigurationError
+from equitie_data.errors import ConfigurationError, UnavailableError
 from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
 from equitie_data.pool import ConnectionPools
@@ -19,12 +23,15 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from psycopg import Connection
     from typing_extensions import Self
 
     from equitie_data.embedded import EmbeddedServer
     from equitie_data.hooks import Hook
 
 __all__ = ["Database"]
+
+log = get_logger(__name__)
 
 
 class Database:
@@ -63,7 +70,11 @@ class Database:
         self.pool = ConnectionPools(settings, self.hooks)
         self.execute_read = self.pool.execute_read
         self.execute_write = self.pool.execute_write
-        self.audit = AuditLogger(execute_write=self.pool.execute_write, execute_read=self.pool.execute_read)
+        self.audit = AuditLogger(
+            execute_write=self.pool.execute_write,
+            execute_read=self.pool.execute_read,
+            enabled=settings.enable_audit_logging,
+        )
         self.monitor = PerformanceMonitor(execute_write=self.pool.execute_write, pool_stats=self.pool.get_stats)
 
     def __repr__(self) -> str:
@@ -123,8 +134,12 @@ class Database:
         # Imported here, so that `python -m equitie_data.migrate` does not find itself imported already.
         from equitie_data.migrate import check_current  # noqa: PLC0415
 
-        with connect(self.settings.dsn) as connection:
+        with self._first_connection() as connection:
             check_current(connection)
+            if self.settings.pooler == "auto":
+                # A pooler in between tells the client a process id of its own.
+                told = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
+                self._settle_pooler("none" if told == (connection.info.backend_pid,) else "transaction")
         self.pool.open()
         self._opened = True
         if self.settings.enable_performance_monitoring:
@@ -133,6 +148,23 @@ class Database:
         if self.settings.enable_audit_logging:
             self.audit.start()
         return self
+
+    def _first_connection(self) -> Connection[Any]:
+        options = self.settings.connection_parameters()
+        try:
+            return connect(self.settings.dsn, **options)
+        except UnavailableError as error:
+            if self.settings.pooler != "auto" or "startup parameter" not in str(error):
+                raise
+        # Only a pooler refuses start-up options; the library can do without.
+        self._settle_pooler("transaction")
+        return connect(self.settings.dsn, **self.settings.connection_parameters())
+
+    def _settle_pooler(self, pooler: Literal["none", "transaction"]) -> None:
+        self.settings = attrs.evolve(self.settings, pooler=pooler)
+        if pooler == "transaction":
+            log.info("equitie_data.pooler_found", mode=pooler)
+            self.pool.configure(self.settings)
 
     def close(self, timeout: float = 5.0) -> None:
         """Write out what audit and monitor hold, and close every connection.
@@ -144,13 +176,12 @@ class Database:
         """
         if self._opened:
             self._opened = False
-            try:
-                self.audit.close(timeout)
-                self.monitor.close(timeout)
-            finally:
-                self.hooks.remove(self.monitor)
-                self.pool.shutdown(timeout)
-                self._assemble()
+            with contextlib.ExitStack() as steps:  # each of them is taken, whatever another raises
+                steps.callback(self._assemble)
+                steps.callback(self.pool.shutdown, timeout)
+                steps.callback(self.hooks.remove, self.monitor)
+                steps.callback(self.monitor.close, timeout)
+                steps.callback(self.audit.close, timeout)
         if self._server is not None:
             self._server.stop()
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 import psycopg
-import structlog
 
+from equitie_data._log import get_logger
 from equitie_data._postgres_account import Account, first_path_closed_to, unprivileged_account
 from equitie_data._postgres_binaries import (
     ServerBinaries,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddedServer", "ServerBinaries", "StopMode", "find_server", "find_servers"]
 
-logger = structlog.get_logger(__name__)
+logger = get_logger(__name__)
 
 StopMode = Literal["smart", "fast", "immediate"]
 """How to stop, in PostgreSQL's words (manual, "Shutting Down the Server")."""

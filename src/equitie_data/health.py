@@ -12,8 +12,8 @@ import time
 from typing import TYPE_CHECKING
 
 import attrs
-import structlog
 
+from equitie_data._log import get_logger
 from equitie_data.errors import UnavailableError
 from equitie_data.hooks import Leaked, NodeEjected, NodeReadmitted, PrimaryChanged
 from equitie_data.routing import NodeReport, ReplicaHealth, choose_primary
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HealthWatch"]
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _TICK = 1.0  # seconds between two looks at the pools
 
@@ -157,7 +157,8 @@ class HealthWatch:
         primary = next((self._reports[each] for each in self._nodes if each.role == "primary"), None)
         behind = 0 if primary is None else max(primary.position - report.position, 0)
         was_ejected = node.health.ejected
-        node.replayed = max(node.replayed, report.position) if report.timeline == node.health.timeline else report.position
+        same_history = report.timeline == node.health.timeline
+        node.replayed = max(node.replayed, report.position) if same_history else report.position
         # On an idle primary the last transaction grows old although nothing is missing.
         age = report.replay_age if behind else 0.0
         node.health = ReplicaHealth(lag_seconds=age, lag_bytes=behind, timeline=report.timeline)

@@ -62,7 +62,7 @@ class LatencySketch:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LatencySketch) and self.buckets == other.buckets
 
-    __hash__ = None  # type: ignore[assignment] # it changes
+    __hash__ = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # it changes
 
     def __repr__(self) -> str:
         return f"LatencySketch({self.buckets!r})"

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import attrs
 import psycopg
-import structlog
 
+from equitie_data._log import get_logger
 from equitie_data.alerts import Alert, Thresholds
 from equitie_data.context import as_service
 from equitie_data.errors import CommitOutcomeUnknown, ConfigurationError
@@ -43,7 +43,7 @@ __all__ = ["Alert", "MonitorStats", "PerformanceMonitor", "Thresholds"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 _SCHEMA_VERSION = 1
 _WRITES = re.compile(r"\s*(?:insert|update|delete|merge|copy|truncate|call|create|alter|drop)\b", re.IGNORECASE)

@@ -80,7 +80,7 @@ class Holder:
 
     def site(self) -> str:
         """Return where the holder's thread is now: the innermost line that is not ours, as ``file:line``."""
-        frame = sys._current_frames().get(self.thread)
+        frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, and only asked when something is wrong
         while frame is not None:
             module = str(frame.f_globals.get("__name__", ""))
             if module.split(".", 1)[0] not in _OURS:
@@ -301,7 +301,7 @@ class Node:
 
     def oldest_holders(self, count: int) -> list[Holder]:
         """Return who has had a connection longest."""
-        return sorted(list(self._holders.values()), key=lambda holder: holder.since)[:count]
+        return sorted(self._holders.copy().values(), key=lambda holder: holder.since)[:count]
 
     def held_longer_than(self, seconds: float) -> Iterator[Holder]:
         """Yield holders over a limit, each once."""

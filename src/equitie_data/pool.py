@@ -11,14 +11,15 @@ import itertools
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import psycopg
-import structlog
 import tenacity
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
+from equitie_data._log import get_logger
+from equitie_data.budget import RetryBudget
 from equitie_data.call import Call, WriteTransaction, call_variable, check_transaction_open
 from equitie_data.commit import Outcome
 from equitie_data.context import Actor, actor_variable, transaction_variable
@@ -26,8 +27,8 @@ from equitie_data.errors import CheckoutTimeoutError, NoActorError, NotOpenError
 from equitie_data.health import HealthWatch
 from equitie_data.hooks import Hooks
 from equitie_data.nodes import Node
-from equitie_data.resolve import resolve_commit
-from equitie_data.retry import Action, Decision, Phase, RetryBudget
+from equitie_data.resolve import fence, resolve_commit
+from equitie_data.retry import Action, Decision, Phase
 from equitie_data.routing import choose_replica
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from psycopg.rows import RowFactory
 
     from equitie_data.hooks import Kind
+    from equitie_data.prologue import Prologue
     from equitie_data.routing import Consistency
     from equitie_data.settings import Settings
-    from equitie_data.prologue import Prologue
     from equitie_data.wire import NodeConnection, NodeCursor
 
 __all__ = ["ConnectionPools"]
@@ -48,7 +49,7 @@ __all__ = ["ConnectionPools"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _of_the_parent: list[object] = []
 _OPEN = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
@@ -85,6 +86,11 @@ class ConnectionPools:
         self._open_lock = threading.Lock()
 
     # --- life ---------------------------------------------------------------------------------------------
+
+    def configure(self, settings: Settings) -> None:
+        """Take other settings, before the pools are opened."""
+        self.settings = settings
+        self._make_nodes()
 
     def open(self) -> None:
         """Start the pools and the health checks; does not wait for connections."""
@@ -319,7 +325,7 @@ class ConnectionPools:
         return result
 
     def _attempt(self, call: Call) -> Any:
-        call.phase, call.connection, call.evidence, call.position = Phase.CHECKOUT, None, None, None
+        call.begin_attempt()
         node, stand_in = self._route(call)
         call.node = node
         before = time.monotonic()
@@ -342,8 +348,9 @@ class ConnectionPools:
             return self._run_on(call, node, connection)
         except psycopg.Error as error:
             if error.sqlstate == "EQ001":
-                self._roll_back(connection)
                 return self._first_outcome(call, connection)
+            if connection is not None:
+                call.note_claim(connection, error)
             call.judge(error)
             self._suspect(call, node)
             if connection is not None and call.decision is not None and call.decision.discard:
@@ -360,25 +367,26 @@ class ConnectionPools:
         one_trip = call.one_trip(node)
         if one_trip and call.actor is self._default_actor and self.settings.service_role is None:
             # Nobody's identity to switch to, and the connection is read-only unless a transaction says otherwise.
-            return connection.cursor(row_factory=call.row_factory or tuple_row).execute(call.operation, call.params).fetchall()
-        prologue = call.prologue(node, connection, one_trip=one_trip)
+            return _rows(call, _cursor(call, connection).execute(call.operation, call.params))
+        prologue = call.prologue(connection, one_trip=one_trip)
         if one_trip:
             return self._run_alone(call, connection, prologue)
         connection.pending = prologue
         if callable(call.operation):
             call.result = self._run_operation(call, connection)
         else:
-            call.result = _rows(call, connection.cursor(row_factory=call.row_factory or tuple_row).execute(call.operation, call.params))
-        if connection.pending is None:
+            call.result = _rows(call, _cursor(call, connection).execute(call.operation, call.params))
+        if connection.begun:
             self._commit(call, connection)
         return call.result
 
     def _run_alone(self, call: Call, connection: NodeConnection[Any], prologue: Prologue) -> Any:
         """Run one statement as a whole transaction, in one trip."""
-        cursor = connection.cursor(row_factory=call.row_factory or tuple_row)
+        cursor = _cursor(call, connection)
         want_position = call.kind == "write" and bool(self.replicas)
         if call.kind == "write":
             call.phase = Phase.COMMIT  # the commit is part of the statement's own trip
+            call.backend_pid = None if self.settings.pooler == "transaction" else connection.pgconn.backend_pid
         with connection.lock:
             position = connection.wait(
                 cursor.execute_alone_gen(prologue, call.operation, call.params, want_position=want_position)
@@ -390,6 +398,7 @@ class ConnectionPools:
         transaction = WriteTransaction(connection)
         if call.claim is not None:
             connection.flush_prologue()  # the operation must not run if the key is taken
+            call.note_claim(connection)
         outer_call = call_variable.set(call)
         outer_transaction = transaction_variable.set(transaction) if call.kind == "write" else None
         connection.in_operation = True
@@ -413,9 +422,7 @@ class ConnectionPools:
                 return
             call.secure_evidence(connection)
             call.phase = Phase.COMMIT
-            call.note_position(
-                connection.wait(connection.commit_gen(call.kept(), want_position=bool(self.replicas)))
-            )
+            call.note_position(connection.wait(connection.commit_gen(call.kept(), want_position=bool(self.replicas))))
 
     def _roll_back(self, connection: NodeConnection[Any] | None) -> None:
         """Roll back what is still open, so that the connection can go back."""
@@ -476,23 +483,33 @@ class ConnectionPools:
             Whether it is committed, and its result known. Otherwise ``call.decision`` says how to go on.
         """
         started = time.monotonic()
-        if call.claim is not None:
+        call.in_doubt = True
+        outcome = Outcome.UNKNOWN
+        if call.evidence is not None:
+            outcome = resolve_commit(lambda: self.primary.dsn, call.evidence, call.deadline)
+            call.resolved(self.hooks, outcome.value, time.monotonic() - started)
+        elif call.backend_pid is not None:
+            fence(self.primary.dsn, call.backend_pid)
+        if outcome is Outcome.COMMITTED:
+            call.in_doubt = False
+            return True
+        if outcome is Outcome.ABORTED:
+            call.in_doubt = False
+            call.decision = Decision(Action.FAIL_OVER, "the transaction was aborted", until_deadline=True)
+        elif call.claim is not None:
             # Running it again with the same key is the answer: the key waits for the old transaction to end, and
             # tells whether it committed.
             call.decision = Decision(Action.FAIL_OVER, "the reply to COMMIT was lost", until_deadline=True)
-            return False
-        evidence, outcome = call.evidence, Outcome.UNKNOWN
-        if evidence is not None:
-            outcome = resolve_commit(lambda: self.primary.dsn, evidence, call.deadline)
-        call.resolved(self.hooks, outcome.value, time.monotonic() - started)
-        if outcome is Outcome.ABORTED:
-            call.decision = Decision(Action.FAIL_OVER, "the transaction was aborted", until_deadline=True)
-        return outcome is Outcome.COMMITTED
+        return False
 
     def _first_outcome(self, call: Call, connection: NodeConnection[Any] | None) -> Any:
         """Return what the first run of an idempotent write returned."""
         assert connection is not None  # noqa: S101 - whoever was refused the key had a connection
         assert call.claim is not None  # noqa: S101 - and asked for it
+        if call.in_doubt:
+            call.in_doubt = False
+            call.resolved(self.hooks, "committed", 0.0)
+        self._roll_back(connection)
         row = connection.execute(_FIRST_OUTCOME, [call.claim.key, call.claim.claimant]).fetchone()
         return call.first_outcome(row)
 
@@ -529,6 +546,10 @@ class ConnectionPools:
         """Send the writes to another node from now on."""
         self.replicas = [each for each in self._nodes if each is not node]
         self.primary = node
+
+
+def _cursor(call: Call, connection: NodeConnection[Any]) -> NodeCursor[Any]:
+    return cast("NodeCursor[Any]", connection.cursor(row_factory=call.row_factory or tuple_row))
 
 
 def _rows(call: Call, cursor: NodeCursor[Any]) -> Any:

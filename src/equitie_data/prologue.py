@@ -8,7 +8,7 @@ know of the transaction (its id, how far a replica is) comes back as further col
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
@@ -73,7 +73,7 @@ class Prologue:
     formats: None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _query(kind: str, role: str | None, timed: bool, claims: bool, facts: tuple[str, ...]) -> bytes:
     columns = []
     if claims:

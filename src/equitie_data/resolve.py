@@ -20,7 +20,7 @@ from equitie_data.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Evidence", "resolve_commit"]
+__all__ = ["Evidence", "fence", "resolve_commit"]
 
 _PAUSE = 0.25  # seconds between two tries
 
@@ -29,6 +29,13 @@ _FENCE = """
 SELECT pg_catalog.pg_terminate_backend(a.pid, 2000)
 FROM pg_catalog.pg_stat_activity AS a
 WHERE a.pid = %s AND a.backend_xid = (%s::pg_catalog.xid8)::pg_catalog.xid
+"""
+# Without a transaction id the login role is all that narrows it down: at worst another call of this application is
+# run again.
+_FENCE_BY_PID = """
+SELECT pg_catalog.pg_terminate_backend(a.pid, 2000)
+FROM pg_catalog.pg_stat_activity AS a
+WHERE a.pid = %s AND a.usename = session_user AND a.pid <> pg_catalog.pg_backend_pid()
 """
 _INCARNATION = """
 SELECT (SELECT c.system_identifier::text FROM pg_catalog.pg_control_system() AS c),
@@ -71,6 +78,15 @@ def resolve_commit(primary_dsn: Callable[[], str], evidence: Evidence, deadline:
         if outcome is not Outcome.UNKNOWN or time.monotonic() + _PAUSE >= deadline:
             return outcome
         time.sleep(_PAUSE)
+
+
+def fence(dsn: str, backend_pid: int) -> None:
+    """End the backend of a lost connection, so that nothing it was sent can still happen; as far as possible."""
+    try:
+        with connect(dsn, connect_timeout=2, tcp_user_timeout=5000) as conn:
+            conn.execute(_FENCE_BY_PID, [backend_pid])
+    except (UnavailableError, psycopg.Error):
+        return
 
 
 def _ask(dsn: str, evidence: Evidence) -> Outcome:

@@ -43,7 +43,7 @@ def loads(text: str) -> Any:
     return _decoded(json.loads(text))
 
 
-def _encoded(value: Any) -> Any:  # noqa: PLR0911 - one line for each type
+def _encoded(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -78,7 +78,7 @@ def _zoned(value: Any) -> Any:
     return {"$": ["zoned", [value.replace(tzinfo=None).isoformat(), value.fold, key]]}
 
 
-def _decoded(value: Any) -> Any:  # noqa: PLR0911 - as above
+def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if not isinstance(value, dict):

@@ -8,12 +8,11 @@ as lost connections, while a read-only failover arrives as `InternalError`.
 from __future__ import annotations
 
 import enum
-import threading
 from typing import Final, Literal
 
 import attrs
 
-__all__ = ["Action", "Decision", "Failure", "Phase", "RetryBudget", "decide"]
+__all__ = ["Action", "Decision", "Failure", "Phase", "decide"]
 
 
 class Phase(enum.Enum):
@@ -94,6 +93,11 @@ _STALE_STATEMENT_STATES: Final = frozenset({"26000", "42P05"})
 _AMBIGUOUS_STATES: Final = frozenset({"40003", "08007"})
 
 
+_READ_ONLY_PRIMARY: Final = Decision(
+    Action.RETRY, "the primary has become read-only", discard=True, wrong_role=True, until_deadline=True
+)
+
+
 def decide(failure: Failure) -> Decision:
     """Judge a failure.
 
@@ -121,7 +125,7 @@ def decide(failure: Failure) -> Decision:
     if failure.stale_plan or state in _STALE_STATEMENT_STATES:
         return Decision(Action.FAIL_OVER, "stale prepared statement", discard=True, limit=2, unprepared=True)
     if state == "25006" and failure.kind == "write":
-        return Decision(Action.RETRY, "the primary has become read-only", discard=True, wrong_role=True, until_deadline=True)
+        return _READ_ONLY_PRIMARY
     return Decision(Action.RAISE, "not transient", discard=failure.connection_lost)
 
 
@@ -133,37 +137,5 @@ def _decide_commit(failure: Failure) -> Decision:
     if failure.stale_plan or failure.sqlstate in _STALE_STATEMENT_STATES:
         return Decision(Action.FAIL_OVER, "stale prepared statement", discard=True, limit=2, unprepared=True)
     if failure.sqlstate == "25006":
-        return Decision(Action.RETRY, "the primary has become read-only", discard=True, wrong_role=True, until_deadline=True)
+        return _READ_ONLY_PRIMARY
     return Decision(Action.RAISE, "the server refused the transaction")
-
-
-class RetryBudget:
-    """Keeps retries from multiplying a load that the server cannot bear already: a token bucket.
-
-    A success earns a tenth of a token and a retry costs one, so that when everything fails only one call in ten is
-    repeated (Brooker, "Fixing retries with token buckets and circuit breakers").
-
-    Args:
-        capacity: Tokens at the start, and at most.
-    """
-
-    def __init__(self, capacity: float = 100.0) -> None:
-        self._capacity = capacity
-        self._tokens = capacity
-        self._lock = threading.Lock()
-        self.refused = 0
-        """Retries that were not made for want of a token."""
-
-    def earn(self) -> None:
-        """Note a success. Unlocked: a lost tenth of a token harms nobody, and this is in every call's path."""
-        if self._tokens < self._capacity:
-            self._tokens = min(self._tokens + 0.1, self._capacity)
-
-    def spend(self) -> bool:
-        """Take a token for a retry; ``False`` if there is none."""
-        with self._lock:
-            if self._tokens < 1.0:
-                self.refused += 1
-                return False
-            self._tokens -= 1.0
-            return True

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
 
     from equitie_data.context import WalPosition
 
-__all__ = ["Consistency", "NodeReport", "ReadChoice", "ReplicaHealth", "ReplicaView", "choose_primary", "choose_replica"]
+__all__ = [
+    "Consistency",
+    "NodeReport",
+    "ReadChoice",
+    "ReplicaHealth",
+    "ReplicaView",
+    "choose_primary",
+    "choose_replica",
+]
 
 Consistency: TypeAlias = Literal["session", "eventual", "strong"]
 

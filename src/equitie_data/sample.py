@@ -53,8 +53,8 @@ def investments(
         investor = rng.choices(range(_INVESTORS), cum_weights=weights)[0]
         if (which, investor) not in seen:
             seen.add((which, investor))
-            company, day, amount = rounds[which]
-            yield company, f"Investor {investor + 1:04d}", day, amount
+            company, date, amount = rounds[which]
+            yield company, f"Investor {investor + 1:04d}", date, amount
 
 
 def csv_stream(rows: int) -> io.BytesIO:

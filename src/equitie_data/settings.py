@@ -205,6 +205,11 @@ class Settings:
             raise ConfigurationError(
                 f"retry_pause_limit ({self.retry_pause_limit}) is below retry_pause ({self.retry_pause})."
             )
+        if self.pooler == "transaction" and self.default_actor is not None and self.service_role is None:
+            raise ConfigurationError(
+                "service_role=None does not go with a transaction pooler: reads without a prologue could not be kept "
+                "from writing; name the database role that the service acts as."
+            )
         if len({replica.dsn for replica in self.replicas}) != len(self.replicas):
             raise ConfigurationError("replicas names the same replica twice: each connection string may stand once.")
 
@@ -259,6 +264,9 @@ class Settings:
                 f"-c statement_timeout={round(self.statement_timeout * 1000)} "
                 f"-c idle_in_transaction_session_timeout={round(self.idle_in_transaction_timeout * 1000)}"
             )
+            if self.default_actor is not None and self.service_role is None:
+                # The default actor's reads have no prologue that could make them read-only.
+                parameters["options"] += " -c default_transaction_read_only=on"
         return parameters
 
 

@@ -441,7 +441,7 @@ class _Conversation:
         offset = 0
         while not self._encrypted and len(held) > offset:
             if self._negotiating:
-                self._encrypted, self._negotiating = held[offset : offset + 1] != b"N", False
+                self._encrypted, self._negotiating = held[offset] != ord("N"), False
                 offset += 1
                 continue
             if len(held) < offset + 5:
@@ -449,7 +449,7 @@ class _Conversation:
             end = offset + 1 + int.from_bytes(held[offset + 1 : offset + 5], "big")
             if len(held) < end:
                 break
-            if held[offset : offset + 1] == b"Z":  # ready for query
+            if held[offset] == ord("Z"):  # ready for query
                 with self._answers:
                     self._answered += 1
                     self._answers.notify_all()

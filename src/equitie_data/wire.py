@@ -12,7 +12,7 @@ from __future__ import annotations
 import select
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from psycopg import Connection, Cursor, ServerCursor, errors, generators, pq
 from psycopg._preparing import Prepare
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NodeConnection", "NodeCursor", "StatementObserver", "is_stale"]
 
-Row = TypeVar("Row")
-
 _SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
 _BAD: Final = pq.ConnStatus.BAD
@@ -45,7 +43,9 @@ _INCARNATION: Final = (b"system_identifier", b"timeline", b"started_at", b"stati
 # Back to the login role, the only one that may keep a result.
 _STORE_AS: Final = b"SELECT pg_catalog.set_config('role', 'none', true)"
 _STORE: Final = b"SELECT equitie_private.store_idempotent_result($1, $2)"
-_POSITION: Final = b"SELECT pg_catalog.pg_walfile_name(p.lsn), p.lsn FROM pg_catalog.pg_current_wal_insert_lsn() AS p (lsn)"
+_POSITION: Final = (
+    b"SELECT pg_catalog.pg_walfile_name(p.lsn), p.lsn FROM pg_catalog.pg_current_wal_insert_lsn() AS p (lsn)"
+)
 
 
 class StatementObserver(Protocol):
@@ -175,6 +175,11 @@ class PrologueCarrier:
     in_operation = False
     """Whether an operation is running, which must leave the transaction to the library."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether the transaction was opened: an operation that runs no statement opens none."""
+        return self.pending is None
+
     def send_prologue_gen(self) -> PQGen[None]:
         """Open the transaction in a trip of its own, for what cannot take the prologue along."""
         prologue, self.pending = self.pending, None
@@ -264,7 +269,7 @@ class PrologueCarrier:
 
     def command_gen(self, command: bytes) -> PQGen[Any]:
         """Run a command that takes no parameters and returns no rows."""
-        return self._exec_command(command)  # type: ignore[attr-defined]
+        return self._exec_command(command)  # type: ignore[attr-defined,no-any-return]
 
     def refuse_to_end(self) -> None:
         """Refuse COMMIT and ROLLBACK by method while an operation is running.
@@ -320,7 +325,7 @@ class PrologueRider:
 
     def _parse(self, query: Query, params: Params | None) -> PostgresQuery:
         self._reset()  # type: ignore[attr-defined]
-        self._tx = Transformer(self)  # type: ignore[arg-type]
+        self._tx = Transformer(cast("Cursor[Any]", self))
         return self._convert_query(query, params)  # type: ignore[attr-defined,no-any-return]
 
     def _execute_after_gen(

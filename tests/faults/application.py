@@ -30,7 +30,7 @@ def settings(dsn: str, **changes: Any) -> Settings:
     return Settings(dsn=dsn, **{"min_size": 2, "max_size": 10, **quiet, **changes})
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait for something that happens elsewhere."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -17,7 +17,7 @@ import attrs
 import psycopg
 
 from equitie_data import as_service
-from equitie_data.errors import CommitOutcomeUnknown
+from equitie_data.errors import CommitOutcomeUnknown, ResultLostError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -99,27 +99,26 @@ class Transfer:
     told: Told = "refused"
     reason: str = "never tried"
 
-    def make(self, database: Database, *, timeout: float) -> int:
+    def make(self, database: Database, *, timeout: float, retry: bool = True) -> int:
         """Run it, note what was said, and return the session's counter after it."""
         self.told, self.reason = "unknown", "still running"
         try:
+            options: dict[str, Any] = {"idempotency_key": self.key, "timeout": timeout, "retry": retry}
             if self.as_statement:
-                result = database.execute_write(
-                    TRANSFER, attrs.asdict(self), name="transfer", idempotency_key=self.key, timeout=timeout
-                )
-                value = int(result[0][0])
+                value = database.execute_write(TRANSFER, attrs.asdict(self), name="transfer", **options)[0][0]
             else:
-                value = database.execute_write(
-                    self.operation, name="transfer", idempotency_key=self.key, timeout=timeout
-                )
+                value = database.execute_write(self.operation, name="transfer", **options)
         except CommitOutcomeUnknown as error:
             self.told, self.reason = "unknown", str(error)
+            raise
+        except ResultLostError as error:
+            self.told, self.reason = "acknowledged", str(error)
             raise
         except psycopg.Error as error:
             self.told, self.reason = "refused", f"{type(error).__name__}: {error}"
             raise
         self.told, self.reason = "acknowledged", ""
-        return value
+        return int(value)
 
     def operation(self, connection: Connection[Any]) -> int:
         """Do it, statement by statement."""
@@ -297,8 +296,8 @@ class Load:
             last = self._stopping.is_set()
             try:
                 return transfer.make(self._database, timeout=self._timeout)
-            except (psycopg.Error, CommitOutcomeUnknown):
-                if transfer.key is None or last:
+            except (psycopg.Error, CommitOutcomeUnknown, ResultLostError):
+                if transfer.key is None or last or transfer.told == "acknowledged":
                     return None
 
     def _read(self, session_id: int, seen: int) -> int:

@@ -50,10 +50,10 @@ def test_a_database_that_is_not_migrated_says_how_to(empty_dsn: str) -> None:
 
 def test_a_newer_history_is_refused(app_dsn: str, owner_dsn: str) -> None:
     with psycopg.connect(owner_dsn) as owner:
-        columns = "version, name, sha256, state, started_at, finished_at, duration_ms, applied_by, server_version, package_version"
+        copied = "sha256, state, started_at, finished_at, duration_ms, applied_by, server_version, package_version"
         owner.execute(
-            f"INSERT INTO equitie_migrations.history ({columns}) "
-            f"SELECT 9999, 'from_the_future', {columns.split(', ', 2)[2]} FROM equitie_migrations.history "
+            f"INSERT INTO equitie_migrations.history (version, name, {copied}) "
+            f"SELECT 9999, 'from_the_future', {copied} FROM equitie_migrations.history "
             "ORDER BY version DESC LIMIT 1"
         )
     with pytest.raises(HistoryTooNewError), Database(app_dsn):
@@ -66,7 +66,7 @@ def test_a_login_role_without_the_grant_says_what_is_missing(owner_dsn: str) -> 
         owner.execute("CREATE ROLE equitie_stranger LOGIN PASSWORD 'x'")
         try:
             with (
-                pytest.raises((NotMigratedError, ConfigurationError), match="grant|migrate"),
+                pytest.raises((NotMigratedError, ConfigurationError), match=r"grant|migrate"),
                 Database(changed(owner_dsn, user="equitie_stranger", password="x")) as database,
                 as_service("test"),
             ):

@@ -135,12 +135,13 @@ def test_a_commit_that_never_arrived_is_run_again(
 
 
 def test_a_statement_in_one_trip_whose_reply_is_lost_says_that_it_is_committed(
-    proxy: TcpProxy, database: Database, owner_dsn: str
+    proxy: TcpProxy, database: Database, listener: Listener, owner_dsn: str
 ) -> None:
     set_distance(database, 0.001)
     proxy.cut_reply_to(b"INSERT INTO public.companies_clean")
     with pytest.raises(ResultLostError, match="is committed"):
         database.execute_write(ADD, ["d"])
+    assert [event.outcome for event in listener.of(CommitResolved)] == ["committed"]
     assert rows(owner_dsn, "d") == 1
 
 
@@ -254,7 +255,8 @@ def test_a_lost_reply_of_a_keyed_write_returns_the_kept_result(
     proxy.cut_reply_to(b"COMMIT")
     assert database.execute_write(operation, idempotency_key="lost") == "kept"
     assert len(runs) == 1
-    assert len(listener.of(Retried)) >= 1
+    assert [event.outcome for event in listener.of(CommitResolved)] == ["committed"]
+    assert listener.of(Retried) == []
     assert [event.error for event in listener.of(OperationEnded)] == [None]
     assert rows(owner_dsn, "lost") == 1
 
