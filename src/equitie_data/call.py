@@ -165,16 +165,29 @@ class Call:
         plain = self.idempotency_key is None and self.settings.default_actor is None
         return plain and node.round_trip > _ONE_TRIP_FROM
 
+    @property
+    def needs_no_prologue(self) -> bool:
+        """Whether a read of the default actor has nothing to set and nothing to ask."""
+        return (
+            self.settings.service_role is None
+            and self.settings.pooler != "transaction"
+            and self.statement_timeout is None
+            and self.position is None
+        )
+
     def prologue(self, connection: PrologueCarrier, *, one_trip: bool) -> Prologue:
         """Return what this attempt's transaction begins with."""
-        timeout = self.statement_timeout
-        if timeout is None and self.settings.pooler == "transaction":
-            timeout = self.settings.statement_timeout
+        timeout, idle_timeout = self.statement_timeout, None
+        if self.settings.pooler == "transaction":
+            # What start-up options do elsewhere has to be said in every transaction.
+            timeout = self.settings.statement_timeout if timeout is None else timeout
+            idle_timeout = self.settings.idle_in_transaction_timeout
         if self.kind == "read":
             return prologue_for(
                 self.actor,
                 "read",
                 statement_timeout=timeout,
+                idle_timeout=idle_timeout,
                 service_role=self.settings.service_role,
                 position=None if self.position is None else self.position.lsn,
             )
@@ -192,6 +205,7 @@ class Call:
             self.actor,
             "write",
             statement_timeout=timeout,
+            idle_timeout=idle_timeout,
             service_role=self.settings.service_role,
             claim=self.claim,
             facts=facts,

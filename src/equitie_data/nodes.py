@@ -67,16 +67,20 @@ class Holder:
 
     __slots__ = ("name", "reported", "since", "thread")
 
-    def __init__(self, thread: int, since: float, name: str | None) -> None:
-        self.thread = thread
+    def __init__(self, since: float, name: str | None) -> None:
+        self.thread: int | str = threading.get_ident()
         self.since = since
         self.name = name
         self.reported = False
 
     def __str__(self) -> str:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
         call = f" in {self.name!r}" if self.name else ""
-        return f"{names.get(self.thread, 'a thread')}{call} for {time.monotonic() - self.since:.1f} s at {self.site()}"
+        return f"{self.who}{call} for {time.monotonic() - self.since:.1f} s at {self.site()}"
+
+    @property
+    def who(self) -> str:
+        """The thread's name."""
+        return next((thread.name for thread in threading.enumerate() if thread.ident == self.thread), "a thread")
 
     def site(self) -> str:
         """Return where the holder's thread is now: the innermost line that is not ours, as ``file:line``."""
@@ -184,13 +188,24 @@ class Node:
             NotOpenError: The pool is closed.
         """
         deadline = time.monotonic() + timeout
-        while True:
+        # Everything that rests may be stale; more than that in a row is no longer an accident.
+        for _ in range(2 * self._settings.max_size + 1):
             connection = self._take(deadline)
-            if self._is_fit(connection):
-                self._holders[connection] = Holder(threading.get_ident(), time.monotonic(), name)
+            try:
+                alive = self._is_alive(connection)
+            except BaseException:
+                self._drop(connection)  # interrupted while it belonged to nobody
+                raise
+            if not alive:
+                self._drop(connection)
+            elif self._is_standby(connection):
+                self._drop(connection)
+                raise UnavailableError(f"The primary {self.name} has become a standby: another node takes the writes.")
+            else:
+                self._holders[connection] = Holder(time.monotonic(), name)
                 self._checkouts += 1
                 return connection
-            self._drop(connection)
+        raise UnavailableError(f"The {self.role} {self.name} closes every connection at once: see its log.")
 
     def checkin(self, connection: NodeConnection[Any]) -> None:
         """Give a connection back; one that is not idle is closed and replaced."""
@@ -253,30 +268,41 @@ class Node:
                 ) from None
 
     def _grow(self) -> None:
-        """Have the pool open as many connections at once as are wanted; left alone it opens one after the other."""
-        wanted = min(len(self._holders) + self._waiting, self._settings.max_size)
-        if wanted > self._pool.min_size:
-            self._pool.resize(wanted, self._settings.max_size)
+        """Have the pool open as many connections at once as are wanted; left alone it opens one after the other.
+
+        `resize` opens the difference to the minimum before, whatever is open already, so the room is counted here;
+        one place stays free for the connection that the pool may be opening by itself.
+        """
+        with self._lock:
+            room = self._settings.max_size - self._pool.get_stats()["pool_size"] - 1
+            more = min(self._waiting, room)
+            if more > 0:
+                self._pool.resize(self._pool.min_size + more, self._settings.max_size)
 
     def settle(self) -> None:
         """Let the pool shrink again after a burst."""
         if self._pool.min_size > self._settings.min_size and not self._waiting:
             self._pool.resize(self._settings.min_size, self._settings.max_size)
 
-    def _is_fit(self, connection: NodeConnection[Any]) -> bool:
+    def _is_alive(self, connection: NodeConnection[Any]) -> bool:
         if connection.commit_sent:
             try:
                 connection.wait(connection.drain_gen())
             except psycopg.Error:
                 return False
-        pgconn = connection.pgconn
-        if is_stale(pgconn):
+        return not is_stale(connection.pgconn)
+
+    def _is_standby(self, connection: NodeConnection[Any]) -> bool:
+        """Whether the primary came back as a standby; the server reports it by itself, at no cost.
+
+        A pooler repeats what its server said when it first connected there, so it is not believed.
+        """
+        if self.role == "replica" or self._settings.pooler == "transaction":
             return False
-        # Reported by the server itself at no cost: a primary that came back as a standby must not be written to.
-        return self.role == "replica" or pgconn.parameter_status(b"in_hot_standby") != b"on"
+        return connection.pgconn.parameter_status(b"in_hot_standby") == b"on"
 
     def _to_pool(self, connection: NodeConnection[Any]) -> None:
-        if connection.commit_sent and not self._is_fit(connection):
+        if connection.commit_sent and not self._is_alive(connection):
             connection.close()
         self._pool.putconn(connection)
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from equitie_data.hooks import Kind
     from equitie_data.prologue import Prologue
+    from equitie_data.resolve import Evidence
     from equitie_data.routing import Consistency
     from equitie_data.settings import Settings
     from equitie_data.wire import NodeConnection, NodeCursor
@@ -326,18 +327,20 @@ class ConnectionPools:
 
     def _attempt(self, call: Call) -> Any:
         call.begin_attempt()
-        node, stand_in = self._route(call)
+        node, needs_seat = self._route(call)
         call.node = node
         before = time.monotonic()
         connection: NodeConnection[Any] | None = None
+        seated = False
         try:
             wait = min(self.settings.checkout_timeout, max(call.deadline - before, 0.001))
-            if stand_in and not self._stand_in.acquire(timeout=wait):
-                stand_in = False
-                raise CheckoutTimeoutError(
-                    "No replica is fit to be read, and the primary serves no more reads in their place than half its "
-                    "connections: bring the replicas back, or try again."
-                )
+            if needs_seat:
+                seated = self._stand_in.acquire(timeout=wait)
+                if not seated:
+                    raise CheckoutTimeoutError(
+                        "No replica is fit to be read, and the primary serves no more reads in their place than half "
+                        "its connections: bring the replicas back, or try again."
+                    )
             connection = node.checkout(wait, call.name)
             call.connection, call.phase = connection, Phase.STATEMENT
             connection.watch = call.watch(node, self._health.suspect)
@@ -357,15 +360,14 @@ class ConnectionPools:
                 connection.close()
             raise
         finally:
-            if stand_in:
+            if seated:
                 self._stand_in.release()
             if connection is not None:
-                self._roll_back(connection)
-                node.checkin(connection)
+                self._give_back(call, node, connection)
 
     def _run_on(self, call: Call, node: Node, connection: NodeConnection[Any]) -> Any:
         one_trip = call.one_trip(node)
-        if one_trip and call.actor is self._default_actor and self.settings.service_role is None:
+        if one_trip and call.actor is self._default_actor and call.needs_no_prologue:
             # Nobody's identity to switch to, and the connection is read-only unless a transaction says otherwise.
             return _rows(call, _cursor(call, connection).execute(call.operation, call.params))
         prologue = call.prologue(connection, one_trip=one_trip)
@@ -423,6 +425,10 @@ class ConnectionPools:
             call.secure_evidence(connection)
             call.phase = Phase.COMMIT
             call.note_position(connection.wait(connection.commit_gen(call.kept(), want_position=bool(self.replicas))))
+
+    def _give_back(self, call: Call, node: Node, connection: NodeConnection[Any]) -> None:  # noqa: ARG002 - for asyncio
+        self._roll_back(connection)
+        node.checkin(connection)
 
     def _roll_back(self, connection: NodeConnection[Any] | None) -> None:
         """Roll back what is still open, so that the connection can go back."""
@@ -486,7 +492,7 @@ class ConnectionPools:
         call.in_doubt = True
         outcome = Outcome.UNKNOWN
         if call.evidence is not None:
-            outcome = resolve_commit(lambda: self.primary.dsn, call.evidence, call.deadline)
+            outcome = self._outcome_of(call, call.evidence)
             call.resolved(self.hooks, outcome.value, time.monotonic() - started)
         elif call.backend_pid is not None:
             fence(self.primary.dsn, call.backend_pid)
@@ -501,6 +507,9 @@ class ConnectionPools:
             # tells whether it committed.
             call.decision = Decision(Action.FAIL_OVER, "the reply to COMMIT was lost", until_deadline=True)
         return False
+
+    def _outcome_of(self, call: Call, evidence: Evidence) -> Outcome:
+        return resolve_commit(lambda: self.primary.dsn, evidence, call.deadline)
 
     def _first_outcome(self, call: Call, connection: NodeConnection[Any] | None) -> Any:
         """Return what the first run of an idempotent write returned."""

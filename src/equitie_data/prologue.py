@@ -8,6 +8,7 @@ know of the transaction (its id, how far a replica is) comes back as further col
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -74,23 +75,29 @@ class Prologue:
 
 
 @cache
-def _query(kind: str, role: str | None, timed: bool, claims: bool, facts: tuple[str, ...]) -> bytes:
-    columns = []
-    if claims:
-        # First, while the login role still is itself.
-        columns.append(f"equitie_private.claim_idempotency_key(${4 + timed}, ${5 + timed}, ${6 + timed})")
-    columns += [
+def _query(kind: str, actor_kind: str, timed: bool, idle_timed: bool, claims: bool, facts: tuple[str, ...]) -> bytes:
+    place = itertools.count(4)
+    settings = [
         "pg_catalog.set_config('request.jwt.claims', $1, true)",
         "pg_catalog.set_config('equitie.context', $2, true)",
     ]
     looked_up = "equitie_private.database_role($3::pg_catalog.uuid)"
-    columns.append(f"pg_catalog.set_config('role', {looked_up if role == 'user' else '$3'}, true)")
+    settings.append(f"pg_catalog.set_config('role', {looked_up if actor_kind == 'user' else '$3'}, true)")
     if kind == "read":
-        columns.append("pg_catalog.set_config('transaction_read_only', 'on', true)")
+        settings.append("pg_catalog.set_config('transaction_read_only', 'on', true)")
     if timed:
-        columns.append("pg_catalog.set_config('statement_timeout', $4, true)")
-    columns += [_FACTS[fact] for fact in facts]
-    return f"SELECT {', '.join(columns)}".encode()
+        settings.append(f"pg_catalog.set_config('statement_timeout', ${next(place)}, true)")
+    if idle_timed:
+        settings.append(f"pg_catalog.set_config('idle_in_transaction_session_timeout', ${next(place)}, true)")
+    if claims:
+        # First, while the login role still is itself.
+        arguments = f"${next(place)}, ${next(place)}, ${next(place)}"
+        settings.insert(0, f"equitie_private.claim_idempotency_key({arguments})")
+    return f"SELECT {', '.join([*settings, *(_FACTS[fact] for fact in facts)])}".encode()
+
+
+def _milliseconds(seconds: float) -> bytes:
+    return b"%d" % max(round(seconds * 1000), 1 if seconds else 0)
 
 
 def prologue_for(
@@ -98,6 +105,7 @@ def prologue_for(
     kind: Literal["read", "write"],
     *,
     statement_timeout: float | None = None,
+    idle_timeout: float | None = None,
     service_role: str | None = "service_role",
     claim: IdempotencyClaim | None = None,
     facts: tuple[str, ...] = (),
@@ -109,6 +117,7 @@ def prologue_for(
         actor: Who acts.
         kind: Reads are made read-only on the server.
         statement_timeout: Seconds a statement may take; 0 for no limit, ``None`` for the connection's own.
+        idle_timeout: Seconds the transaction may be idle; as above.
         service_role: The database role of the service; ``None`` for the login role itself.
         claim: An idempotency key to take.
         facts: What else its result shall say: ``"xid"``, ``"incarnation"``, ``"replayed"``.
@@ -116,12 +125,13 @@ def prologue_for(
     """
     if position is not None:
         facts = (*facts, "replayed")
-    timed = statement_timeout is not None
-    query = _query(kind, actor.kind, timed, claim is not None, facts)
+    query = _query(kind, actor.kind, statement_timeout is not None, idle_timeout is not None, claim is not None, facts)
     role = (service_role or "none") if actor.user_id is None else actor.user_text
     params: tuple[bytes | None, ...] = (actor.claims_bytes, actor.context_bytes, role.encode())
     if statement_timeout is not None:
-        params += (b"%d" % max(round(statement_timeout * 1000), 1 if statement_timeout else 0),)
+        params += (_milliseconds(statement_timeout),)
+    if idle_timeout is not None:
+        params += (_milliseconds(idle_timeout),)
     if claim is not None:
         operation = None if claim.operation is None else claim.operation.encode()
         params += (claim.key.encode(), claim.claimant.encode(), operation)

@@ -120,7 +120,8 @@ def decide(failure: Failure) -> Decision:
         return Decision(action, "statement completion unknown", discard=True)
     if state in _BUSY_STATES:
         return Decision(Action.RETRY, _BUSY_STATES[state], discard=True, until_deadline=True)
-    if state in _CONNECTION_STATES or (state is None and failure.connection_lost):
+    class_08 = state is not None and state.startswith("08")  # a pooler's words for a server that went away
+    if state in _CONNECTION_STATES or (failure.connection_lost and (state is None or class_08)):
         return Decision(Action.FAIL_OVER, "connection lost", discard=True, until_deadline=True)
     if failure.stale_plan or state in _STALE_STATEMENT_STATES:
         return Decision(Action.FAIL_OVER, "stale prepared statement", discard=True, limit=2, unprepared=True)

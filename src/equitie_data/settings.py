@@ -205,11 +205,6 @@ class Settings:
             raise ConfigurationError(
                 f"retry_pause_limit ({self.retry_pause_limit}) is below retry_pause ({self.retry_pause})."
             )
-        if self.pooler == "transaction" and self.default_actor is not None and self.service_role is None:
-            raise ConfigurationError(
-                "service_role=None does not go with a transaction pooler: reads without a prologue could not be kept "
-                "from writing; name the database role that the service acts as."
-            )
         if len({replica.dsn for replica in self.replicas}) != len(self.replicas):
             raise ConfigurationError("replicas names the same replica twice: each connection string may stand once.")
 
