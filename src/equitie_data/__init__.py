@@ -11,6 +11,7 @@ from equitie_data._default import (
     get_database,
     get_performance_monitor,
 )
+from equitie_data.aio import AsyncDatabase
 from equitie_data.audit import AuditAction, AuditLogger
 from equitie_data.context import Actor, acting_as, as_service, current_actor
 from equitie_data.database import Database
@@ -26,6 +27,7 @@ from equitie_data.settings import Settings
 
 __all__ = [
     "Actor",
+    "AsyncDatabase",
     "AuditAction",
     "AuditLogger",
     "CommitOutcomeUnknown",

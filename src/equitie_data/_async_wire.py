@@ -9,7 +9,7 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor
 from psycopg.rows import Row as RowType
 
 from equitie_data.call import WriteTransaction
-from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider, is_stale, watched
+from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider, _watched, is_stale
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,7 +65,7 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
 
     async def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
         """Drive a generator, under the eye of `watch`."""
-        return await super().wait(gen if self.watch is None else watched(gen, self.watch), *args, **kwargs)
+        return await super().wait(gen if self.watch is None else _watched(gen, self.watch), *args, **kwargs)
 
     def _start_query(self) -> PQGen[None]:
         yield from self.send_prologue_gen()

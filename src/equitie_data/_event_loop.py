@@ -196,12 +196,11 @@ class TaskHolder(Holder):
     def __init__(self, since: float, name: str | None) -> None:
         super().__init__(since, name)
         self._task = asyncio.current_task()
-        self.thread = 0 if self._task is None else self._task.get_name()
 
     @property
     def who(self) -> str:
         """The task's name."""
-        return str(self.thread)
+        return "a task" if self._task is None else self._task.get_name()
 
     def frames(self) -> Iterator[FrameType]:
         """Yield what the task is in the middle of, from the inside."""
@@ -222,6 +221,7 @@ class TidiedFromThread:
     """What the health watch's thread asks of a node, done in the event loop that the node's connections belong to."""
 
     loop: asyncio.AbstractEventLoop
+    executor: Executor | None = None
     _tidying: asyncio.Task[None] | None = None
 
     def sweep(self, idle: float) -> None:

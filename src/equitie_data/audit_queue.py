@@ -50,9 +50,9 @@ WHERE "timestamp" >= least(%s, pg_catalog.statement_timestamp() - pg_catalog.mak
 """
 
 
-def record(connection: psycopg.Connection[Any], events: Sequence[AuditEvent]) -> None:
-    """Write events within the connection's transaction."""
-    connection.execute(_RECORD, [_as_parameter(events)])
+def record(connection: psycopg.Connection[Any], events: Sequence[AuditEvent]) -> object:
+    """Write events within the connection's transaction; what it returns, an asyncio connection's user awaits."""
+    return connection.execute(_RECORD, [_as_parameter(events)])
 
 
 def _as_parameter(events: Sequence[AuditEvent]) -> Jsonb:

@@ -402,17 +402,18 @@ class Call:
     def start(self, hooks: Hooks, node: Node, waited: float) -> StatementObserver:
         """Announce an attempt and return the observer of its statements."""
         kind, name, actor, node_name, node_role = self.kind, self.name, self.actor, node.name, node.role
-        hooks.emit(
-            OperationStarted(
-                name=name,
-                kind=kind,
-                node=node_name,
-                node_role=node_role,
-                attempt=self.attempt,
-                checkout_seconds=waited,
-                actor=actor,
+        if hooks.want(OperationStarted):
+            hooks.emit(
+                OperationStarted(
+                    name=name,
+                    kind=kind,
+                    node=node_name,
+                    node_role=node_role,
+                    attempt=self.attempt,
+                    checkout_seconds=waited,
+                    actor=actor,
+                )
             )
-        )
 
         def observe(sql: str, seconds: float, rows: int | None, error: BaseException | None) -> None:
             hooks.emit(
@@ -440,6 +441,8 @@ class Call:
 
     def end(self, hooks: Hooks, error: BaseException | None) -> None:
         """Announce the end of the call."""
+        if not hooks.want(OperationEnded):
+            return
         hooks.emit(
             OperationEnded(
                 name=self.name,

@@ -6,7 +6,7 @@ raises is counted and dropped: watching a query must not break it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import attrs
 
@@ -220,9 +220,16 @@ Event: TypeAlias = (
 )
 
 
+_EVENT_TYPES: Final = get_args(Event)
+
+
 @runtime_checkable
 class Hook(Protocol):
-    """A subscriber."""
+    """A subscriber.
+
+    One that has an attribute ``event_types``, a collection of event classes, hears of those alone; the others are not
+    even built if nobody wants them.
+    """
 
     def on_event(self, event: Any, /) -> None:
         """Take one event; called in the thread the event happened in, so be quick and do no I/O."""
@@ -231,26 +238,37 @@ class Hook(Protocol):
 class Hooks:
     """The subscribers of one database. Falsy while there are none, so that the quiet path builds no event."""
 
-    __slots__ = ("_hooks", "errors")
+    __slots__ = ("_by_type", "_hooks", "errors")
 
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
-        self._hooks: tuple[Hook, ...] = tuple(hooks)
         self.errors = 0
+        self._set(tuple(hooks))
+
+    def _set(self, hooks: tuple[Hook, ...]) -> None:
+        self._hooks = hooks
+        self._by_type = {
+            kind: tuple(hook for hook in hooks if kind in getattr(hook, "event_types", _EVENT_TYPES))
+            for kind in _EVENT_TYPES
+        }
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
 
     def add(self, hook: Hook) -> None:
         """Subscribe."""
-        self._hooks = (*self._hooks, hook)
+        self._set((*self._hooks, hook))
 
     def remove(self, hook: Hook) -> None:
         """Unsubscribe; a hook that is not subscribed is ignored."""
-        self._hooks = tuple(each for each in self._hooks if each is not hook)
+        self._set(tuple(each for each in self._hooks if each is not hook))
+
+    def want(self, kind: type) -> bool:
+        """Whether anybody hears of events of this class."""
+        return bool(self._by_type[kind])
 
     def emit(self, event: Event) -> None:
         """Deliver to every hook; what a hook raises is counted in `errors` and dropped."""
-        for hook in self._hooks:
+        for hook in self._by_type[type(event)]:
             try:
                 hook.on_event(event)
             except Exception:  # noqa: BLE001 - a watcher must never break what it watches

@@ -93,6 +93,8 @@ class PerformanceMonitor:
         clock: Seconds since the epoch.
     """
 
+    event_types = (StatementEnded,)
+
     def __init__(
         self,
         *,

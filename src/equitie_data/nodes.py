@@ -23,6 +23,7 @@ from equitie_data.wire import NodeConnection, is_stale
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     from equitie_data.hooks import NodeRole
     from equitie_data.settings import Settings
@@ -33,7 +34,7 @@ _RECONNECT_TIMEOUT = 30.0
 _UNREACHABLE_AFTER = 2.0  # seconds a read waits on a replica that has no connection at all
 _PINGS = 3
 _PREPARE_AFTER = 5  # psycopg's default: executions before a statement is prepared
-_OURS = ("equitie_data", "psycopg", "psycopg_pool", "tenacity", "threading", "concurrent")
+_OURS = ("equitie_data", "psycopg", "psycopg_pool", "tenacity", "threading", "concurrent", "asyncio")
 
 # The timeline of a primary is in the name of the segment it writes; a standby knows the one it follows by the
 # control file, which may lag behind but never runs ahead.
@@ -68,7 +69,7 @@ class Holder:
     __slots__ = ("name", "reported", "since", "thread")
 
     def __init__(self, since: float, name: str | None) -> None:
-        self.thread: int | str = threading.get_ident()
+        self.thread = threading.get_ident()
         self.since = since
         self.name = name
         self.reported = False
@@ -83,14 +84,19 @@ class Holder:
         return next((thread.name for thread in threading.enumerate() if thread.ident == self.thread), "a thread")
 
     def site(self) -> str:
-        """Return where the holder's thread is now: the innermost line that is not ours, as ``file:line``."""
-        frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, and only asked when something is wrong
-        while frame is not None:
+        """Return where the holder is now: the innermost line that is not ours, as ``file:line``."""
+        for frame in self.frames():
             module = str(frame.f_globals.get("__name__", ""))
             if module.split(".", 1)[0] not in _OURS:
                 return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-            frame = frame.f_back
         return "an unknown place"
+
+    def frames(self) -> Iterator[FrameType]:
+        """Yield what the holder's thread is in the middle of, from the inside."""
+        frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - documented, and only asked when something is wrong
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
 
 
 class Node:
@@ -212,8 +218,8 @@ class Node:
         del self._holders[connection]
         connection.observer = connection.watch = connection.pending = connection.opening = None
         connection.behind = False
-        if connection.prepare_threshold != self._prepare_after:
-            connection.prepare_threshold = self._prepare_after
+        if connection.unprepared:
+            connection.unprepared, connection.prepare_threshold = False, self._prepare_after
         if not connection.commit_sent and connection.pgconn.transaction_status != TransactionStatus.IDLE:
             self._drop(connection)
             return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import psycopg
 import tenacity
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from equitie_data._log import get_logger
@@ -347,7 +347,7 @@ class ConnectionPools:
             if self.hooks:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
             if call.decision is not None and call.decision.unprepared:
-                connection.prepare_threshold = None
+                connection.unprepared, connection.prepare_threshold = True, None
             return self._run_on(call, node, connection)
         except psycopg.Error as error:
             if error.sqlstate == "EQ001":
@@ -562,6 +562,7 @@ def _cursor(call: Call, connection: NodeConnection[Any]) -> NodeCursor[Any]:
 
 
 def _rows(call: Call, cursor: NodeCursor[Any]) -> Any:
-    if cursor.description is not None:
+    # Not `cursor.description`, which is built anew for every look at it.
+    if cursor.pgresult is not None and cursor.pgresult.status == ExecStatus.TUPLES_OK:
         return cursor.fetchall()
     return [] if call.kind == "read" else cursor.rowcount

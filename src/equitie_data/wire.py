@@ -172,6 +172,8 @@ class PrologueCarrier:
     """The life of the server that this connection belongs to; read with its first write."""
     watch: Callable[[float], None] | None = None
     """Called every 0.1 s of waiting for the server, with the seconds waited; raises to give up."""
+    unprepared = False
+    """Whether this attempt must use no prepared statement."""
     in_operation = False
     """Whether an operation is running, which must leave the transaction to the library."""
 
@@ -296,6 +298,14 @@ class PrologueRider:
 
     def _execute_gen(
         self, query: Query, params: Params | None = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        connection = self._conn
+        if connection.observer is None and connection.pending is None:
+            return super()._execute_gen(query, params, prepare=prepare, binary=binary)  # type: ignore[misc,no-any-return]
+        return self._execute_observed_gen(query, params, prepare, binary)
+
+    def _execute_observed_gen(
+        self, query: Query, params: Params | None, prepare: bool | None, binary: bool | None
     ) -> PQGen[None]:
         connection = self._conn
         with self.observed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import random
 import signal
@@ -41,7 +42,7 @@ pytestmark = [
 ]
 
 POOL = 4
-WHO = "SELECT current_setting('role'), coalesce(current_setting('request.jwt.claims')::jsonb ->> 'sub', '')"
+WHO = "SELECT current_setting('role'), coalesce(nullif(current_setting('request.jwt.claims'), '')::jsonb ->> 'sub', '')"
 # What a transaction could have left behind on a server connection.
 LEFTOVERS = """
 SELECT pg_backend_pid(),
@@ -297,6 +298,20 @@ def test_time_limits_reach_the_server_and_stay_in_their_transaction(pooled_dsn: 
             for operation in ("SELECT pg_sleep(30)", lambda conn: conn.execute("SELECT pg_sleep(30)")):
                 with pytest.raises(psycopg.errors.QueryCanceled):
                     call(operation, timeout=0.2)
+        assert_nothing_is_left(pooled_dsn)
+
+
+def test_reads_without_an_identity_still_cannot_write_and_have_a_time_limit(ledger: Ledger, pooled_dsn: str) -> None:
+    ledger.ask("GRANT USAGE ON SCHEMA ledger TO equitie_app; GRANT ALL ON ALL TABLES IN SCHEMA ledger TO equitie_app")
+    count_up = "UPDATE ledger.sessions SET value = value + 1 WHERE session_id = 1 RETURNING value"
+    with Database(settings(pooled_dsn, default_actor="service", service_role=None)) as database:
+        whole_call = contextvars.Context().run
+        assert whole_call(database.execute_read, "SELECT current_user") == [("equitie_app",)]
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            whole_call(database.execute_read, count_up)
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            whole_call(database.execute_read, "SELECT pg_sleep(30)", timeout=0.2)
+        assert whole_call(database.execute_write, count_up) == [(1,)]
         assert_nothing_is_left(pooled_dsn)
 
 

@@ -68,14 +68,13 @@ def rows(owner_dsn: str, name: str) -> int:
 # --- trips --------------------------------------------------------------------------------------------------------
 
 
-def trips(proxy: TcpProxy, call: Any) -> int:
+def trips(proxy: TcpProxy, call: Any) -> float:
     for _ in range(8):  # connections made, statements prepared
         call()
     before = proxy.round_trips
     for _ in range(10):
         call()
-    assert (proxy.round_trips - before) % 10 == 0
-    return (proxy.round_trips - before) // 10
+    return (proxy.round_trips - before) / 10
 
 
 def test_a_statement_takes_one_trip_and_a_callable_two(proxy: TcpProxy, database: Database) -> None:
@@ -84,7 +83,9 @@ def test_a_statement_takes_one_trip_and_a_callable_two(proxy: TcpProxy, database
     with acting_as(uuid4()):
         assert trips(proxy, lambda: database.execute_read("SELECT %s::int", [1])) == 1
         # The second trip is the COMMIT, whose reply is on its way while the result is used already.
-        assert trips(proxy, lambda: database.execute_read(lambda conn: conn.execute("SELECT 1").fetchall())) == 2
+        # As nobody waits for it, the first and the last of them may be counted or not.
+        count = trips(proxy, lambda: database.execute_read(lambda conn: conn.execute("SELECT 1").fetchall()))
+        assert count == pytest.approx(2, abs=0.2)
     assert trips(proxy, lambda: database.execute_write(update, ["x"])) == 1
     assert trips(proxy, lambda: database.execute_write(lambda conn: conn.execute(update, ["x"]).rowcount)) == 2
     set_distance(database, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equitie_data.hooks import Hook, Hooks, NodeReadmitted
+from equitie_data.hooks import Hook, Hooks, NodeEjected, NodeReadmitted
 
 
 class Deaf:
@@ -35,3 +35,16 @@ def test_no_hooks_are_falsy_and_can_come_and_go() -> None:
     hooks.remove(listener)
     hooks.remove(listener)
     assert not hooks
+
+
+def test_a_hook_hears_of_the_events_it_names_alone() -> None:
+    class Choosy(Listener):
+        event_types = (NodeEjected,)
+
+    choosy, hooks = Choosy(), Hooks()
+    hooks.add(choosy)
+    assert hooks.want(NodeEjected)
+    assert not hooks.want(NodeReadmitted)
+    hooks.emit(NodeReadmitted(node="a"))
+    hooks.emit(NodeEjected(node="a", reason="r"))
+    assert choosy.heard == [NodeEjected(node="a", reason="r")]
