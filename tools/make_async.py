@@ -43,7 +43,7 @@ AWAITED = {
 # Given by the application or by subscribers, which may return what has to be awaited.
 GIVEN = {"action", "operation"}
 # What blocks: on connections of its own, or for the health watch's thread.
-BLOCKING = {"connect", "fence", "resolve_commit", "stop"}
+BLOCKING = {"connect", "fence", "resolve_commit", "self._health.start", "self._health.stop"}
 # Called by the health watch in its own thread.
 IN_THREADS = {"probe"}
 # Has no meaning in an event loop, or another form.
@@ -58,11 +58,11 @@ WORDS = {
     "Node": "AsyncNode",
     "NodeConnection": "AsyncNodeConnection",
     "NodeCursor": "AsyncNodeCursor",
-    "Retrying": "AsyncRetrying",
     "RowFactory": "AsyncRowFactory",
     "equitie_data.call": "equitie_data._async_call",
     "equitie_data.nodes": "equitie_data._async_nodes",
     "equitie_data.wire": "equitie_data._async_wire",
+    "tenacity.Retrying": "tenacity.AsyncRetrying",
     "settle": "_settle",
     "sweep": "_sweep",
     "threading.BoundedSemaphore": "BoundedSemaphore",
@@ -128,13 +128,16 @@ def name_of(call: ast.Call) -> str | None:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
 
 
+def blocks(node: ast.AST | None) -> bool:
+    """Whether something is a call that blocks."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in BLOCKING
+
+
 def suspends(call: ast.Call, awaited: set[str]) -> bool:
     """Whether a call waits, or blocks."""
-    name = name_of(call)
-    on = getattr(call.func, "value", None)
-    if isinstance(on, ast.Call) and name_of(on) in BLOCKING:
+    if blocks(getattr(call.func, "value", None)):
         return False  # what a blocking function returned is no asyncio object
-    return name in awaited | GIVEN | BLOCKING
+    return blocks(call) or name_of(call) in awaited | GIVEN
 
 
 def twin(source: str, awaited: set[str]) -> str:
@@ -156,9 +159,9 @@ def twin(source: str, awaited: set[str]) -> str:
         if function is not None and function.name in awaited and suspends(call, awaited):
             await_(module, call)
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.FunctionDef) and node.name in awaited:
-            module.write(node.lineno, node.col_offset, "async ")
-        elif isinstance(node, ast.With) and getattr(node.items[0].context_expr, "attr", None) == "lock":
+        if (isinstance(node, ast.FunctionDef) and node.name in awaited) or (
+            isinstance(node, ast.With) and getattr(node.items[0].context_expr, "attr", None) == "lock"
+        ):
             module.write(node.lineno, node.col_offset, "async ")
     text = module.text()
     for word in sorted(WORDS, key=len, reverse=True):
@@ -176,10 +179,12 @@ def await_(module: Module, call: ast.Call) -> None:
     function = ast.unparse(call.func)
     chained = isinstance(module.parents[call], ast.Attribute)
     opening, closing = ("(await ", ")") if chained else ("await ", "")
-    if name in BLOCKING:
+    if blocks(call):
         arguments = ", " if call.args or call.keywords else ""
         executor = "self.executor" if "self" in {node.arg for node in function_arguments(module, call)} else "None"
-        module.write(line, column, f"{opening}in_thread({executor}, {function}{arguments}", instead_of=len(function) + 1)
+        module.write(
+            line, column, f"{opening}in_thread({executor}, {function}{arguments}", instead_of=len(function) + 1
+        )
     elif name in GIVEN:
         module.write(line, column, f"{opening}settled(")
         closing += ")"

@@ -103,7 +103,7 @@ END
 $$;
 
 COMMENT ON FUNCTION equitie_private.claim_idempotency_key(text, text, text) IS 'Takes a key for this transaction. EQ001: its write is committed already. EQ002: it is another actor''s. EQ003: it is another operation''s. For the application''s login role alone.';
-COMMENT ON FUNCTION equitie_private.store_idempotent_result(text, text) IS 'Keeps what the write returned, for a key that this transaction has claimed. For the application''s login role alone.';
+COMMENT ON FUNCTION equitie_private.store_idempotent_result(text, text) IS 'Keeps what the write returned, for a key that this very transaction has claimed and no other.';
 COMMENT ON FUNCTION equitie_private.idempotent_result(text, text) IS 'What the first run returned, for the actor whose key it is. For the application''s login role alone.';
 COMMENT ON FUNCTION equitie_private.purge_idempotency_keys(interval, interval) IS 'Removes keys whose retention is over: the application''s, and the library''s own.';
 
@@ -111,6 +111,8 @@ REVOKE ALL ON FUNCTION equitie_private.claim_idempotency_key(text, text, text) F
 REVOKE ALL ON FUNCTION equitie_private.store_idempotent_result(text, text) FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 REVOKE ALL ON FUNCTION equitie_private.idempotent_result(text, text) FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
 REVOKE ALL ON FUNCTION equitie_private.purge_idempotency_keys(interval, interval) FROM PUBLIC, anon, authenticated, equitie_staff, service_role;
+-- Called before COMMIT under the write's own role: deferred triggers run as whoever commits (before PostgreSQL 18).
+GRANT EXECUTE ON FUNCTION equitie_private.store_idempotent_result(text, text) TO authenticated, equitie_staff, service_role;
 GRANT EXECUTE ON FUNCTION equitie_private.purge_idempotency_keys(interval, interval) TO service_role;
 
 -- Login roles of before get the new functions as well: whoever may ask for a user's database role is one.

@@ -7,6 +7,7 @@ event loop checks a connection out for them, and lends it to a thread.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import time
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
@@ -16,11 +17,10 @@ from equitie_data._event_loop import Uninterrupted, in_thread
 from equitie_data.audit import AuditLogger
 from equitie_data.audit_queue import AuditQueue, record
 from equitie_data.context import current_transaction, position_variable, remember_position
-from equitie_data.errors import NotOpenError, UnavailableError
+from equitie_data.errors import CommitOutcomeUnknown, NotOpenError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
-    from concurrent.futures import Executor
 
     from equitie_data._async_pool import AsyncConnectionPools
     from equitie_data.audit_events import AuditEvent
@@ -30,6 +30,8 @@ __all__ = ["AsyncAuditLogger", "FromThread"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_POLL = 1.0  # seconds after which a thread looks whether the event loop still runs
 
 
 class FromThread:
@@ -41,13 +43,25 @@ class FromThread:
 
     def __init__(self, pools: AsyncConnectionPools) -> None:
         self._pools = pools
-        self.loop: asyncio.AbstractEventLoop | None = None
-        """Where the pools are open."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.threads: concurrent.futures.ThreadPoolExecutor | None = None
+        """Threads that may wait for the event loop: apart from those that it may have to wait for in turn."""
+
+    def open(self) -> None:
+        """Take the running event loop for the one that the pools are open in."""
+        self._loop = asyncio.get_running_loop()
+        self.threads = concurrent.futures.ThreadPoolExecutor(2, "equitie-aio-audit")
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.threads is not None:
+            self.threads.shutdown(wait=False)
+            self.threads = None
 
     @property
     def in_loop(self) -> bool:
         """Whether this is the event loop's own thread, in which waiting for the loop would be for ever."""
-        return self.loop is not None and asyncio._get_running_loop() is self.loop
+        return self._loop is not None and asyncio._get_running_loop() is self._loop
 
     def execute_read(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         """Read as `Database.execute_read` does."""
@@ -58,9 +72,9 @@ class FromThread:
         return self._wait_for(self._pools.execute_write, operation, args, kwargs)
 
     def _wait_for(self, execute: Any, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        loop = self.loop
-        if loop is None or loop.is_closed():
-            raise NotOpenError("The event loop that the database was opened in has ended: close the database in it.")
+        loop = self._loop
+        if loop is None or not loop.is_running():
+            raise self._ended()
         if self.in_loop:
             raise UnavailableError("This would block the event loop: run it in a thread, by asyncio.to_thread.")
 
@@ -68,10 +82,23 @@ class FromThread:
             result = await execute(self._lent(operation) if callable(operation) else operation, *args, **kwargs)
             return result, position_variable.get()
 
-        result, position = asyncio.run_coroutine_threadsafe(run(), loop).result()
-        if position is not None:
+        answer = asyncio.run_coroutine_threadsafe(run(), loop)
+        while not concurrent.futures.wait([answer], timeout=_POLL).done:
+            if not loop.is_running():
+                raise self._ended()
+        try:
+            result, position = answer.result()
+        except concurrent.futures.CancelledError:
+            raise CommitOutcomeUnknown(
+                "The event loop ended during a write, and nobody knows what became of it."
+            ) from None
+        if position:
             remember_position(position)
         return result
+
+    @staticmethod
+    def _ended() -> NotOpenError:
+        return NotOpenError("The event loop that the database was opened in has ended: close the database in it.")
 
     def _lent(self, operation: Callable[[Any], R]) -> Callable[[AsyncNodeConnection[Any]], Awaitable[R]]:
         async def lend(connection: AsyncNodeConnection[Any]) -> R:
@@ -87,7 +114,7 @@ def _awaited(
 ) -> Callable[Concatenate[AsyncAuditLogger, P], Coroutine[Any, Any, R]]:
     @functools.wraps(method)
     async def in_a_thread(self: AsyncAuditLogger, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await in_thread(self.executor, method, self, *args, **kwargs)
+        return await in_thread(self._from_thread.threads, method, self, *args, **kwargs)
 
     return in_a_thread
 
@@ -97,24 +124,21 @@ class AsyncAuditLogger(AuditLogger):
 
     Args:
         from_thread: The database, for threads.
-        executor: The threads that wait for it.
         enabled: Whether events are recorded at all.
         capacity: Events that may wait outside transactions; beyond it `log` raises `UnavailableError`.
     """
 
-    def __init__(
-        self, from_thread: FromThread, executor: Executor, *, enabled: bool = True, capacity: int = 10_000
-    ) -> None:
+    def __init__(self, from_thread: FromThread, *, enabled: bool = True, capacity: int = 10_000) -> None:
         super().__init__(
             execute_write=from_thread.execute_write, execute_read=from_thread.execute_read, enabled=enabled
         )
-        self.executor = executor
+        self._from_thread = from_thread
         self._queue = _Queue(from_thread, batch_size=self._batch_size, capacity=capacity)
 
     close = _awaited(AuditLogger.close)  # type: ignore[assignment]
     query = _awaited(AuditLogger.query)  # type: ignore[assignment]
 
-    async def flush(self, timeout: float | None = None) -> None:  # type: ignore[override]  # noqa: ASYNC109 - as in AuditLogger
+    async def flush(self, timeout: float | None = None) -> None:  # type: ignore[override]
         """Write everything recorded so far: what belongs to the running transaction on its connection, the rest now.
 
         Args:
@@ -131,7 +155,7 @@ class AsyncAuditLogger(AuditLogger):
             for part in (transaction, *connection.savepoints):
                 if self in part.local:
                     await self._send_all(part.local[self], connection)
-        await in_thread(self.executor, self._queue.flush, deadline)
+        await in_thread(self._from_thread.threads, self._queue.flush, deadline)
 
     def _add_to(self, transaction: Transaction, event: AuditEvent) -> None:
         # Nothing can be sent here, where nothing is awaited: a savepoint's events are sent before it is released.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from equitie_data._async_wire import AsyncNodeConnection
     from equitie_data.context import WalPosition
     from equitie_data.nodes import Node
+    from equitie_data.wire import PrologueCarrier
 
 __all__ = ["AsyncCall", "WriteTransaction", "call_variable", "check_transaction_open"]
 
@@ -48,12 +49,15 @@ class AsyncCall(Call):
             # The server may still be at the statement. Either it lets itself be stopped, or it has committed.
             self.cancelling = asyncio.ensure_future(self.alone_on._try_cancel())
 
-    def watch(self, node: Node, suspect: Callable[[Node], None]) -> Callable[[float], None]:
+    def watch(
+        self, node: Node, connection: PrologueCarrier, suspect: Callable[[Node], None]
+    ) -> Callable[[float], None]:
         """Return what is called while the server is silent; it raises when waiting has become pointless."""
-        quiet = super().watch(node, suspect)
+        quiet = super().watch(node, connection, suspect)
 
         def watch(seconds: float) -> None:
             if self.cancelled and time.monotonic() > self.deadline:
+                connection.pgconn.finish()
                 raise psycopg.OperationalError("the server did not answer in the time a cancelled call has")
             quiet(seconds)
 

@@ -35,7 +35,7 @@ from equitie_data.errors import CheckoutTimeoutError, NoActorError, NotOpenError
 from equitie_data.health import HealthWatch
 from equitie_data.hooks import Hooks
 from equitie_data._async_nodes import AsyncNode
-from equitie_data.resolve import fence, resolve_commit
+from equitie_data.resolve import CONFIRM, fence, resolve_commit
 from equitie_data.retry import Action, Decision, Phase
 from equitie_data.routing import choose_replica
 
@@ -106,7 +106,7 @@ class AsyncConnectionPools:
         self._opened = True
         if self._default_actor is not None:
             log.warning("equitie_data.default_actor", actor="service", row_level_security="bypassed")
-        self._health.start()
+        await in_thread(self.executor, self._health.start)
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the health checks and close every connection; those in use close when they come back.
@@ -333,27 +333,37 @@ class AsyncConnectionPools:
                     )
             connection = await node.checkout(wait, call.name)
             call.connection, call.phase = connection, Phase.STATEMENT
-            connection.watch = call.watch(node, self._health.suspect)
+            connection.watch = call.watch(node, connection, self._health.suspect)
             if self.hooks:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
             if call.decision is not None and call.decision.unprepared:
                 connection.unprepared, connection.prepare_threshold = True, None
             return await self._run_on(call, node, connection)
         except psycopg.Error as error:
-            if error.sqlstate == "EQ001":
+            if connection is None or error.sqlstate != "EQ001":
+                await self._fail(call, node, connection, error)
+                raise
+            try:
                 return await self._first_outcome(call, connection)
-            if connection is not None:
-                call.note_claim(connection, error)
-            call.judge(error)
-            self._suspect(call, node)
-            if connection is not None and call.decision is not None and call.decision.discard:
-                await connection.close()
-            raise
+            except psycopg.Error as failure:
+                await self._fail(call, node, connection, failure)
+                raise
         finally:
+            if connection is not None and call.position is not None and connection.opening is not None:
+                node.note_replayed(connection.replayed, behind=connection.behind)
             if seated:
                 self._stand_in.release()
             if connection is not None:
                 await self._give_back(call, node, connection)
+
+    async def _fail(self, call: AsyncCall, node: AsyncNode, connection: AsyncNodeConnection[Any] | None, error: psycopg.Error) -> None:
+        """Take down what a failed attempt means, while the connection still shows how it ended."""
+        if connection is not None:
+            call.note_claim(connection, error)
+        call.judge(error)
+        self._suspect(call, node)
+        if connection is not None and call.decision is not None and call.decision.discard:
+            await connection.close()
 
     async def _run_on(self, call: AsyncCall, node: AsyncNode, connection: AsyncNodeConnection[Any]) -> Any:
         one_trip = call.one_trip(node)
@@ -452,7 +462,7 @@ class AsyncConnectionPools:
                 error = None if state.outcome is None else state.outcome.exception()
                 call.again(self.hooks, error, float(state.upcoming_sleep))
 
-        retrying = tenacity.Retrying(
+        retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(call.may_go_on),
             stop=lambda state: call.exhausted(state.attempt_number) or not self._may_spend(call),
             wait=lambda state: call.pause(state.attempt_number),
@@ -505,10 +515,13 @@ class AsyncConnectionPools:
         """Return what the first run of an idempotent write returned."""
         assert connection is not None  # noqa: S101 - whoever was refused the key had a connection
         assert call.claim is not None  # noqa: S101 - and asked for it
-        if call.in_doubt:
-            call.in_doubt = False
-            call.resolved(self.hooks, "committed", 0.0)
+        # From here on nothing is written that could be doubled: every failure can be tried again.
+        call.phase, was_in_doubt, call.in_doubt = Phase.STATEMENT, call.in_doubt, True
         await self._roll_back(connection)
+        await connection.execute(CONFIRM)
+        call.in_doubt, call.committed = False, True
+        if was_in_doubt:
+            call.resolved(self.hooks, "committed", 0.0)
         row = await (await connection.execute(_FIRST_OUTCOME, [call.claim.key, call.claim.claimant])).fetchone()
         return call.first_outcome(row)
 
@@ -528,7 +541,7 @@ class AsyncConnectionPools:
         if call.kind == "write" or call.use_primary or not self.replicas:
             return self.primary, False
         replicas = self.replicas
-        position = call.must_see()
+        position = call.must_see(self.primary.system)
         choice = choose_replica(
             call.consistency,
             [node.view for node in replicas],

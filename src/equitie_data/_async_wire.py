@@ -109,20 +109,7 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
         await super().rollback()
 
 
-# What a prologue and a prepared statement leave on a connection, besides what the server itself keeps.
-_CARRIED = (
-    "_adapters",
-    "_autocommit",
-    "_prepared",
-    "behind",
-    "in_operation",
-    "incarnation",
-    "observer",
-    "opening",
-    "pending",
-    "prologue_failed",
-    "watch",
-)
+_CARRIED = ("_adapters", "_autocommit", "_prepared", "in_operation", "observer", "watch")
 
 
 def blocking_view(connection: AsyncNodeConnection[Any]) -> NodeConnection[Any]:

@@ -146,7 +146,7 @@ class BoundedSemaphore:
         self._free = value
         self._waiters: deque[asyncio.Future[bool]] = deque()
 
-    async def acquire(self, *, timeout: float) -> bool:  # noqa: ASYNC109 - as in `threading`
+    async def acquire(self, *, timeout: float) -> bool:
         """Take a place.
 
         Args:

@@ -61,7 +61,7 @@ class Pools(AsyncConnectionPools):
             node.loop, node.executor = self.loop, self.executor
         await super().open()
 
-    async def shutdown(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as in ConnectionPools
+    async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the health checks and close every connection; those in use close when they come back.
 
         Args:
@@ -74,6 +74,8 @@ class Pools(AsyncConnectionPools):
         raise NotOpenError("The database is not open: use it in an `async with` block, or await open() first.")
 
     async def _run(self, call: AsyncCall) -> Any:
+        if self._opened and asyncio.get_running_loop() is not self.loop:
+            raise NotOpenError("The database was opened in another event loop: open one in every loop that uses one.")
         return await Uninterrupted(super()._run(call), call.must_be_answered, call.cancel)
 
     async def _attempt(self, call: AsyncCall) -> Any:
@@ -84,8 +86,10 @@ class Pools(AsyncConnectionPools):
         try:
             while not attempt.done():
                 await asyncio.wait({attempt}, timeout=_POLL)
-        finally:
+        except asyncio.CancelledError:
             attempt.cancel()
+            await Uninterrupted(asyncio.wait({attempt}))
+            raise
         if call.seen is not None:
             remember_position(call.seen)
         return attempt.result()
@@ -155,19 +159,13 @@ class AsyncDatabase:
         self._embedded = False
         self._server: EmbeddedServer | None = None
         self._opened = False
-        self._assemble()
-
-    def _assemble(self) -> None:
+        self._life = asyncio.Lock()
         self.pool = Pools(self.settings, self.hooks)
         self.execute_read = self.pool.execute_read
         self.execute_write = self.pool.execute_write
         self._from_thread = FromThread(self.pool)
-        # Apart from the pools' threads, for which these may have to wait.
-        self._waiters = ThreadPoolExecutor(2, "equitie-aio-audit")
-        self.audit = AsyncAuditLogger(self._from_thread, self._waiters, enabled=self.settings.enable_audit_logging)
-        self.monitor = PerformanceMonitor(
-            execute_write=self._from_thread.execute_write, pool_stats=self.pool.get_stats
-        )
+        self.audit = AsyncAuditLogger(self._from_thread, enabled=self.settings.enable_audit_logging)
+        self.monitor = PerformanceMonitor(execute_write=self._from_thread.execute_write, pool_stats=self.pool.get_stats)
 
     def __repr__(self) -> str:
         return f"<AsyncDatabase {self.pool.primary.name} {'open' if self._opened else 'closed'}>"
@@ -209,25 +207,25 @@ class AsyncDatabase:
             HistoryTooNewError: A newer release has migrated it.
             EmbeddedServerError: No server binaries were found, or the server does not start.
         """
-        if not self._opened:
-            await _to_its_end(self._open())
+        await _to_its_end(self._open())
         return self
 
     async def _open(self) -> None:
-        if self._embedded and self._server is None:
-            await asyncio.to_thread(self._start_server)
-        settings = await asyncio.to_thread(verified, self.settings)
-        if settings != self.pool.settings:
-            self.settings = settings
-            self._assemble()
-        self._from_thread.loop = asyncio.get_running_loop()
-        await self.pool.open()
-        self._opened = True
-        if self.settings.enable_performance_monitoring:
-            self.hooks.add(self.monitor)
-            self.monitor.start()
-        if self.settings.enable_audit_logging:
-            self.audit.start()
+        async with self._life:
+            if self._opened:
+                return
+            if self._embedded and self._server is None:
+                await asyncio.to_thread(self._start_server)
+            self.settings = await asyncio.to_thread(verified, self.settings)
+            self.pool.configure(self.settings)
+            await self.pool.open()
+            self._from_thread.open()
+            self._opened = True
+            if self.settings.enable_performance_monitoring:
+                self.hooks.add(self.monitor)
+                self.monitor.start()
+            if self.settings.enable_audit_logging:
+                self.audit.start()
 
     def _start_server(self) -> None:
         from equitie_data.embedded import EmbeddedServer  # noqa: PLC0415 - only where a server is wanted
@@ -238,7 +236,7 @@ class AsyncDatabase:
         self.settings = attrs.evolve(self.settings, dsn=provision(self._server))
         self.owner_dsn = self._server.dsn(DATABASE)
 
-    async def close(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - seconds for each step, as in Database
+    async def close(self, timeout: float = 5.0) -> None:
         """Let calls under way finish, write out what audit and monitor hold, and close every connection.
 
         A closed database can be opened again.
@@ -248,18 +246,18 @@ class AsyncDatabase:
         """
         await _to_its_end(self._close(timeout))
 
-    async def _close(self, timeout: float) -> None:  # noqa: ASYNC109 - as above
-        async with contextlib.AsyncExitStack() as steps:  # each of them is taken, whatever another raises
+    async def _close(self, timeout: float) -> None:
+        # Each of the steps is taken, whatever another raises, from the last one named to the first.
+        async with self._life, contextlib.AsyncExitStack() as steps:
             if self._server is not None:
                 server, self._server, self.owner_dsn = self._server, None, None
                 steps.push_async_callback(asyncio.to_thread, server.stop)
             if self._opened:
                 self._opened = False
-                steps.callback(self._assemble)
-                steps.callback(self._waiters.shutdown, wait=False)
+                steps.callback(self._from_thread.close)
                 steps.push_async_callback(self.pool.shutdown, timeout)
                 steps.callback(self.hooks.remove, self.monitor)
-                steps.push_async_callback(in_thread, self._waiters, self.monitor.close, timeout)
+                steps.push_async_callback(in_thread, self._from_thread.threads, self.monitor.close, timeout)
                 steps.push_async_callback(self.audit.close, timeout)
 
     async def __aenter__(self) -> Self:

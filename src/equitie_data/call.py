@@ -15,7 +15,7 @@ from uuid import uuid4
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from equitie_data.context import WalPosition, position_variable, remember_position
+from equitie_data.context import WalPosition, position_in, remember_position
 from equitie_data.errors import (
     CheckoutTimeoutError,
     CommitOutcomeUnknown,
@@ -65,6 +65,7 @@ class Call:
         "attempt",
         "backend_pid",
         "claim",
+        "committed",
         "connection",
         "consistency",
         "deadline",
@@ -133,6 +134,7 @@ class Call:
         self.claim: IdempotencyClaim | None = None
         self.evidence: Evidence | None = None
         self.in_doubt = False
+        self.committed = False
         self.backend_pid: int | None = None
         self.result: Any = None
         self.position: WalPosition | None = None
@@ -259,11 +261,13 @@ class Call:
         if position is not None:
             remember_position(position)
 
-    def must_see(self) -> WalPosition | None:
-        """Return the place in the log up to which this read must see everything."""
-        return position_variable.get() if self.consistency == "session" else None
+    def must_see(self, system: int) -> WalPosition | None:
+        """Return the place in a cluster's log up to which this read must see everything."""
+        return position_in(system) if self.consistency == "session" else None
 
-    def watch(self, node: Node, suspect: Callable[[Node], None]) -> Callable[[float], None]:
+    def watch(
+        self, node: Node, connection: PrologueCarrier, suspect: Callable[[Node], None]
+    ) -> Callable[[float], None]:
         """Return what is called while the server is silent; it raises when waiting has become pointless."""
         timeout = self.settings.statement_timeout if self.statement_timeout is None else self.statement_timeout
         limit = timeout + _GRACE if timeout else math.inf
@@ -274,11 +278,13 @@ class Call:
             nonlocal suspected
             if on_replica and seconds > _SUSPICIOUS_AFTER:
                 if node.health.ejected:
+                    connection.pgconn.finish()  # whatever it may still say is not for the next borrower
                     raise psycopg.OperationalError("the replica stopped answering")
                 if not suspected:
                     suspected = True
                     suspect(node)
             if seconds > limit:
+                connection.pgconn.finish()
                 raise psycopg.OperationalError("the server stopped answering")
 
         return quiet
@@ -297,7 +303,8 @@ class Call:
             self.decision = Decision(action, "no connection", until_deadline=away)
             return
         if connection.behind:
-            self.decision = Decision(Action.PRIMARY, "the replica is behind this session's writes")
+            # No failure: the primary shows what the replica does not yet.
+            self.decision = Decision(Action.PRIMARY, "replica behind this session's writes", until_deadline=True)
             self.use_primary = True
             return
         status = connection.pgconn.transaction_status
@@ -321,18 +328,20 @@ class Call:
     @property
     def ejects(self) -> str | None:
         """Why the failed attempt's node is to be suspected; ``None`` if it is not."""
-        if self.decision is None or self.node is None or not (self.decision.until_deadline or self.decision.wrong_role):
+        decision = self.decision
+        if decision is None or self.node is None or decision.action is Action.PRIMARY:
             return None
-        return self.decision.reason
+        if not (decision.until_deadline or decision.wrong_role):
+            return None
+        return decision.reason
 
     def may_go_on(self, error: BaseException) -> bool:
         """Whether another attempt is allowed at all; tenacity asks after every failure."""
-        return (
-            self.retry
-            and isinstance(error, psycopg.Error)
-            and self.decision is not None
-            and self.decision.action not in (Action.RAISE, Action.RESOLVE)
-        )
+        if self.decision is None or not isinstance(error, psycopg.Error):
+            return False
+        if self.decision.action is Action.PRIMARY:
+            return True
+        return self.retry and self.decision.action not in (Action.RAISE, Action.RESOLVE)
 
     def exhausted(self, attempts: int) -> bool:
         """Whether so many attempts were enough, or the deadline has passed."""
@@ -361,6 +370,11 @@ class Call:
         """Turn what the library has to say about an error into one of its own; all others stay as they are."""
         if self.in_doubt:
             return self._unknown()
+        if self.committed:
+            return ResultLostError(
+                "The write with this idempotency key is committed already, but what it returned could not be read "
+                "before the deadline: call again with the same key."
+            )
         if isinstance(error, EquitieDataError):
             return error
         if error.sqlstate == "25006" and self.kind == "read":
@@ -376,7 +390,7 @@ class Call:
         node = "the primary" if self.node is None else f"{self.node.role} {self.node.name}"
         action = Action.RAISE if self.decision is None else self.decision.action
         reason = "" if self.decision is None else self.decision.reason
-        if action is Action.FAIL_OVER:
+        if action in (Action.FAIL_OVER, Action.PRIMARY):
             times = f"{self.attempt} times" if self.attempt > 1 else "once"
             return UnavailableError(
                 f"The call to {node} failed {times}, at last because of this: {reason}. Nothing was committed; "

@@ -42,18 +42,20 @@ class Incarnation:
     statistics_reset_at: str
 
 
-def judge(before: Incarnation, now: Incarnation, status: TransactionStatus | None) -> Outcome:
-    """Return what became of a transaction.
+def judge(before: Incarnation, now: Incarnation, status: TransactionStatus | None) -> Outcome | None:
+    """Return what became of a transaction; ``None`` where asking again may tell.
 
     Args:
         before: The incarnation it ran in.
         now: The incarnation its status was asked of, after its backend was fenced.
-        status: What `pg_xact_status` said; ``None`` when it said nothing.
+        status: What `pg_xact_status` said; ``None`` when it said nothing, because the id is too old.
     """
+    if status is None:
+        return Outcome.UNKNOWN
+    if status == "in progress":
+        return None  # the fence has not finished
     if before == now:
-        if status == "committed":
-            return Outcome.COMMITTED
-        return Outcome.ABORTED if status == "aborted" else Outcome.UNKNOWN
-    # Another incarnation: a reused id can look committed, and after a mere reset of the statistics the transaction can
-    # still be under way. An aborted one, or one that this incarnation has not got to, did not survive.
-    return Outcome.ABORTED if status in ("aborted", "in the future") else Outcome.UNKNOWN
+        return {"committed": Outcome.COMMITTED, "aborted": Outcome.ABORTED}.get(status)
+    # Another incarnation: a reused id can look committed. An aborted one, or one that this incarnation has not got to,
+    # did not survive.
+    return Outcome.UNKNOWN if status == "committed" else Outcome.ABORTED

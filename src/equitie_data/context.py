@@ -135,13 +135,15 @@ class WalPosition:
     Attributes:
         timeline: Counts the promotions; the same offset on another timeline can be another history.
         lsn: The offset, in bytes.
+        system: The cluster's identifier: another cluster's log has nothing to do with it. 0 when not known.
     """
 
     timeline: int
     lsn: int
+    system: int = 0
 
     def __str__(self) -> str:
-        return f"{self.timeline:X}-{self.lsn:X}"
+        return f"{self.system:X}-{self.timeline:X}-{self.lsn:X}"
 
     @classmethod
     def parse(cls, text: str) -> WalPosition:
@@ -151,10 +153,10 @@ class WalPosition:
             ConfigurationError: It is something else.
         """
         try:
-            timeline, lsn = (int(part, 16) for part in text.split("-"))
+            system, timeline, lsn = (int(part, 16) for part in text.split("-"))
         except ValueError:
             raise ConfigurationError("The session token is not one that session_token() has made.") from None
-        return cls(timeline, lsn)
+        return cls(timeline, lsn, system)
 
     @staticmethod
     def parse_lsn(text: str) -> int:
@@ -180,7 +182,8 @@ class Transaction(Protocol):
 
 actor_variable: ContextVar[Actor | None] = ContextVar("equitie_data.actor", default=None)
 transaction_variable: ContextVar[Transaction | None] = ContextVar("equitie_data.transaction", default=None)
-position_variable: ContextVar[WalPosition | None] = ContextVar("equitie_data.position", default=None)
+# One for each cluster written to.
+position_variable: ContextVar[tuple[WalPosition, ...]] = ContextVar("equitie_data.position", default=())
 
 
 def current_actor() -> Actor:
@@ -206,8 +209,7 @@ def session_token() -> str | None:
     Put it into the web session or a cookie, and hand it to `resume_session` in the next request, wherever that runs.
     It holds no secret.
     """
-    position = position_variable.get()
-    return None if position is None else str(position)
+    return ".".join(map(str, position_variable.get())) or None
 
 
 def resume_session(token: str | None) -> None:
@@ -220,14 +222,22 @@ def resume_session(token: str | None) -> None:
         ConfigurationError: The token is not one.
     """
     if token:
-        remember_position(WalPosition.parse(token))
+        remember_position(tuple(map(WalPosition.parse, token.split("."))))
 
 
-def remember_position(position: WalPosition) -> None:
-    """Have this context's reads see everything up to ``position``."""
-    current = position_variable.get()
-    if current is None or position > current:
-        position_variable.set(position)
+def remember_position(positions: WalPosition | tuple[WalPosition, ...]) -> None:
+    """Have this context's reads see everything up to a position, or to one in each of several clusters."""
+    latest = {position.system: position for position in position_variable.get()}
+    for position in positions if isinstance(positions, tuple) else (positions,):
+        known = latest.get(position.system)
+        if known is None or position > known:
+            latest[position.system] = position
+    position_variable.set(tuple(latest.values()))
+
+
+def position_in(system: int) -> WalPosition | None:
+    """Return what this context's reads must see of a cluster."""
+    return next((position for position in position_variable.get() if position.system == system), None)
 
 
 @contextmanager

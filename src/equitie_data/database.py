@@ -11,7 +11,7 @@ import attrs
 
 from equitie_data._log import get_logger
 from equitie_data.audit import AuditLogger
-from equitie_data.connect import connect
+from equitie_data.connect import connect, target_of
 from equitie_data.errors import ConfigurationError, UnavailableError
 from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
@@ -141,6 +141,12 @@ class Database:
                 told = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
                 self._settle_pooler("none" if told == (connection.info.backend_pid,) else "transaction")
         self.pool.open()
+        if not self.pool.primary.reachable:
+            # Some node answered, and none of them takes writes.
+            self.pool.shutdown()
+            self._assemble()
+            connect(self.settings.dsn).close()  # raises, and says why
+            raise UnavailableError(f"{target_of(self.settings.dsn)} takes no writes, and no other node does.")
         self._opened = True
         if self.settings.enable_performance_monitoring:
             self.hooks.add(self.monitor)
@@ -150,15 +156,24 @@ class Database:
         return self
 
     def _first_connection(self) -> Connection[Any]:
-        options = self.settings.connection_parameters()
+        """Connect to the primary, or else to a replica: after a failover the writes may go there."""
         try:
-            return connect(self.settings.dsn, **options)
+            return self._connect_to(self.settings.dsn)
+        except UnavailableError:
+            for replica in self.settings.replicas:
+                with contextlib.suppress(UnavailableError):
+                    return self._connect_to(replica.dsn)
+            raise
+
+    def _connect_to(self, dsn: str) -> Connection[Any]:
+        try:
+            return connect(dsn, **self.settings.connection_parameters())
         except UnavailableError as error:
             if self.settings.pooler != "auto" or "startup parameter" not in str(error):
                 raise
         # Only a pooler refuses start-up options; the library can do without.
         self._settle_pooler("transaction")
-        return connect(self.settings.dsn, **self.settings.connection_parameters())
+        return connect(dsn, **self.settings.connection_parameters())
 
     def _settle_pooler(self, pooler: Literal["none", "transaction"]) -> None:
         self.settings = attrs.evolve(self.settings, pooler=pooler)

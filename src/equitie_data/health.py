@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import attrs
@@ -54,7 +55,13 @@ class HealthWatch:
         self._thread = threading.Thread(target=self._run, name="equitie-health", daemon=True)
 
     def start(self) -> None:
-        """Start probing; the first probes run at once."""
+        """Find out which node is what, then go on probing.
+
+        With replicas, the first look ends before this returns: a DSN may name a primary that a promotion has left
+        behind, and nothing must be written there.
+        """
+        if len(self._nodes) > 1:
+            self._look()
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -68,6 +75,7 @@ class HealthWatch:
         """Give a replica no more reads until a probe finds it well."""
         was_ejected = node.health.ejected
         node.health = node.health.failed(time.monotonic())
+        node.replayed = 0  # after a restart it may show less than it did before
         self._wake.set()
         if not was_ejected:
             log.warning("equitie_data.node_ejected", node=node.name, reason=reason)
@@ -96,13 +104,12 @@ class HealthWatch:
     def _look(self) -> None:
         due = [node for node in self._nodes if self._due_at(node) <= time.monotonic()]
         primary = next(node for node in self._nodes if node.role == "primary")
-        if primary in due and self._ask(primary) is None:
-            due = list(self._nodes)  # the primary is away: has another taken over?
-        if not self._fits(primary):
-            due = list(self._nodes)
-        for node in due:
-            if node is not primary and not self._stopping:
-                self._ask(node)
+        self._ask_all(due)
+        if due and not self._fits(primary):
+            # The primary is away: has another taken over?
+            rest = [node for node in self._nodes if node not in due]
+            self._ask_all(rest)
+            due += rest
         if due:
             self._elect(primary)
             for node in due:
@@ -111,6 +118,14 @@ class HealthWatch:
             node.sweep(self._settings.max_idle)
             node.settle()
             self._report_leaks(node)
+
+    def _ask_all(self, nodes: list[Node]) -> None:
+        """Ask several at once: one that does not answer must not hold up the others."""
+        if len(nodes) == 1:
+            self._ask(nodes[0])
+        elif nodes:
+            with ThreadPoolExecutor(len(nodes), "equitie-probe") as threads:
+                list(threads.map(self._ask, nodes))
 
     def _due_at(self, node: Node) -> float:
         return min(self._due[node], node.health.probe_at) if node.health.ejected else self._due[node]
@@ -132,6 +147,7 @@ class HealthWatch:
             self._reports[node] = None
             return None
         node.reachable = True
+        node.system = report.system
         self._reports[node] = report
         return report
 
@@ -157,8 +173,7 @@ class HealthWatch:
         primary = next((self._reports[each] for each in self._nodes if each.role == "primary"), None)
         behind = 0 if primary is None else max(primary.position - report.position, 0)
         was_ejected = node.health.ejected
-        same_history = report.timeline == node.health.timeline
-        node.replayed = max(node.replayed, report.position) if same_history else report.position
+        node.replayed = report.position
         # On an idle primary the last transaction grows old although nothing is missing.
         age = report.replay_age if behind else 0.0
         node.health = ReplicaHealth(lag_seconds=age, lag_bytes=behind, timeline=report.timeline)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Holder", "Node"]
 
 _RECONNECT_TIMEOUT = 30.0
-_UNREACHABLE_AFTER = 2.0  # seconds a read waits on a replica that has no connection at all
+_UNREACHABLE_AFTER = 2.0  # seconds to wait for a node that has no connection at all
+_ASK_AGAIN_AFTER = 0.1  # seconds after which a replica that was behind may have caught up
 _PINGS = 3
 _PREPARE_AFTER = 5  # psycopg's default: executions before a statement is prepared
 _OURS = ("equitie_data", "psycopg", "psycopg_pool", "tenacity", "threading", "concurrent", "asyncio")
@@ -51,7 +52,8 @@ SELECT r.in_recovery,
            WHEN r.in_recovery THEN pg_catalog.pg_last_wal_replay_lsn()
            ELSE pg_catalog.pg_current_wal_insert_lsn()
        END::text,
-       coalesce(extract(epoch FROM pg_catalog.now() - pg_catalog.pg_last_xact_replay_timestamp()), 0)::double precision
+       coalesce(extract(epoch FROM pg_catalog.now() - pg_catalog.pg_last_xact_replay_timestamp()), 0)::double precision,
+       (SELECT s.system_identifier FROM pg_catalog.pg_control_system() AS s)
 FROM (SELECT pg_catalog.pg_is_in_recovery()) AS r (in_recovery)
 """
 
@@ -120,10 +122,13 @@ class Node:
         self.name = _name_of(dsn)
         self.health = ReplicaHealth()
         self.reachable = True
+        self.system = 0
+        """The identifier of its cluster; 0 until it was probed."""
         self.replayed = 0
         """The last offset it was seen to have replayed, in bytes."""
         self.round_trip = math.inf
         """Seconds a trip to it takes at best; infinite until measured."""
+        self._ask_from = 0.0
         self._settings = settings
         self._prepare_after = None if settings.pooler == "transaction" else _PREPARE_AFTER
         self._lock = threading.Lock()
@@ -158,7 +163,18 @@ class Node:
     def view(self) -> ReplicaView:
         """The node as the router sees it."""
         region = self._settings.region
-        return ReplicaView(self.health, self.replayed, region is None or self.region == region)
+        return ReplicaView(
+            self.health,
+            self.replayed,
+            may_ask=self._ask_from <= time.monotonic(),
+            local=region is None or self.region == region,
+        )
+
+    def note_replayed(self, offset: int, *, behind: bool) -> None:
+        """Note how far a read found the replica; one that was behind is not asked again for a moment."""
+        self.replayed = offset
+        if behind:
+            self._ask_from = time.monotonic() + _ASK_AGAIN_AFTER
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -203,11 +219,13 @@ class Node:
                 self._drop(connection)  # interrupted while it belonged to nobody
                 raise
             if not alive:
+                self.replayed = 0  # a server that restarted may show less than it did before
                 self._drop(connection)
             elif self._is_standby(connection):
                 self._drop(connection)
                 raise UnavailableError(f"The primary {self.name} has become a standby: another node takes the writes.")
             else:
+                connection.system = self.system
                 self._holders[connection] = Holder(time.monotonic(), name)
                 self._checkouts += 1
                 return connection
@@ -258,16 +276,18 @@ class Node:
                 self._waiting -= 1
 
     def _from_pool(self, deadline: float) -> NodeConnection[Any]:
-        # A replica without a single connection is given up early, so that the read can go elsewhere.
-        patience = deadline if self.role == "primary" else min(deadline, time.monotonic() + _UNREACHABLE_AFTER)
+        # In slices: a node without a single connection is given up early, so that the call can go elsewhere, and so is
+        # one that has lost its role meanwhile.
+        role = self.role
         while True:
+            now = time.monotonic()
             try:
-                return self._pool.getconn(max(patience - time.monotonic(), 0.001))
+                return self._pool.getconn(max(min(deadline - now, _UNREACHABLE_AFTER), 0.001))
             except psycopg_pool.PoolTimeout:
-                if self._holders and patience < deadline:
-                    patience = deadline
-                    continue
-                raise self._no_connection() from None
+                if self.role != role:
+                    raise UnavailableError(f"{self.name} is no longer the {role}: another node is.") from None
+                if not self._holders or time.monotonic() >= deadline:
+                    raise self._no_connection() from None
             except psycopg_pool.PoolClosed:
                 raise NotOpenError(
                     f"The pool of {self.name} is closed: use the database inside its `with` block, or call open()."
@@ -365,7 +385,7 @@ class Node:
             raise UnavailableError(explain_connection_failure(self.dsn, error)) from None
         assert row is not None  # noqa: S101 - a SELECT of one row
         self.round_trip = min(trips)
-        return NodeReport(bool(row[0]), int(row[1], 16), WalPosition.parse_lsn(row[2]), float(row[3]))
+        return NodeReport(bool(row[0]), int(row[1], 16), WalPosition.parse_lsn(row[2]), float(row[3]), int(row[4]))
 
     def stats(self) -> dict[str, Any]:
         """Return counters since the start and gauges of now; times are seconds."""

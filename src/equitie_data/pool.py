@@ -27,7 +27,7 @@ from equitie_data.errors import CheckoutTimeoutError, NoActorError, NotOpenError
 from equitie_data.health import HealthWatch
 from equitie_data.hooks import Hooks
 from equitie_data.nodes import Node
-from equitie_data.resolve import fence, resolve_commit
+from equitie_data.resolve import CONFIRM, fence, resolve_commit
 from equitie_data.retry import Action, Decision, Phase
 from equitie_data.routing import choose_replica
 
@@ -343,27 +343,37 @@ class ConnectionPools:
                     )
             connection = node.checkout(wait, call.name)
             call.connection, call.phase = connection, Phase.STATEMENT
-            connection.watch = call.watch(node, self._health.suspect)
+            connection.watch = call.watch(node, connection, self._health.suspect)
             if self.hooks:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
             if call.decision is not None and call.decision.unprepared:
                 connection.unprepared, connection.prepare_threshold = True, None
             return self._run_on(call, node, connection)
         except psycopg.Error as error:
-            if error.sqlstate == "EQ001":
+            if connection is None or error.sqlstate != "EQ001":
+                self._fail(call, node, connection, error)
+                raise
+            try:
                 return self._first_outcome(call, connection)
-            if connection is not None:
-                call.note_claim(connection, error)
-            call.judge(error)
-            self._suspect(call, node)
-            if connection is not None and call.decision is not None and call.decision.discard:
-                connection.close()
-            raise
+            except psycopg.Error as failure:
+                self._fail(call, node, connection, failure)
+                raise
         finally:
+            if connection is not None and call.position is not None and connection.opening is not None:
+                node.note_replayed(connection.replayed, behind=connection.behind)
             if seated:
                 self._stand_in.release()
             if connection is not None:
                 self._give_back(call, node, connection)
+
+    def _fail(self, call: Call, node: Node, connection: NodeConnection[Any] | None, error: psycopg.Error) -> None:
+        """Take down what a failed attempt means, while the connection still shows how it ended."""
+        if connection is not None:
+            call.note_claim(connection, error)
+        call.judge(error)
+        self._suspect(call, node)
+        if connection is not None and call.decision is not None and call.decision.discard:
+            connection.close()
 
     def _run_on(self, call: Call, node: Node, connection: NodeConnection[Any]) -> Any:
         one_trip = call.one_trip(node)
@@ -515,10 +525,13 @@ class ConnectionPools:
         """Return what the first run of an idempotent write returned."""
         assert connection is not None  # noqa: S101 - whoever was refused the key had a connection
         assert call.claim is not None  # noqa: S101 - and asked for it
-        if call.in_doubt:
-            call.in_doubt = False
-            call.resolved(self.hooks, "committed", 0.0)
+        # From here on nothing is written that could be doubled: every failure can be tried again.
+        call.phase, was_in_doubt, call.in_doubt = Phase.STATEMENT, call.in_doubt, True
         self._roll_back(connection)
+        connection.execute(CONFIRM)
+        call.in_doubt, call.committed = False, True
+        if was_in_doubt:
+            call.resolved(self.hooks, "committed", 0.0)
         row = connection.execute(_FIRST_OUTCOME, [call.claim.key, call.claim.claimant]).fetchone()
         return call.first_outcome(row)
 
@@ -538,7 +551,7 @@ class ConnectionPools:
         if call.kind == "write" or call.use_primary or not self.replicas:
             return self.primary, False
         replicas = self.replicas
-        position = call.must_see()
+        position = call.must_see(self.primary.system)
         choice = choose_replica(
             call.consistency,
             [node.view for node in replicas],

@@ -2,13 +2,16 @@
 
 First the old backend is fenced, because a transaction still waiting there could commit after it was asked about.
 Then the server is asked for the transaction's status, and `commit.judge` weighs the answer against the server's
-incarnation.
+incarnation. Before a commit is confirmed, one of our own goes after it: with synchronous replication, the old one may
+stand on the primary alone, because the fence ended its wait for the replicas.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import psycopg
@@ -20,7 +23,9 @@ from equitie_data.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Evidence", "fence", "resolve_commit"]
+    from psycopg import Connection
+
+__all__ = ["CONFIRM", "Evidence", "fence", "resolve_commit"]
 
 _PAUSE = 0.25  # seconds between two tries
 
@@ -44,6 +49,8 @@ SELECT (SELECT c.system_identifier::text FROM pg_catalog.pg_control_system() AS 
        (SELECT extract(epoch FROM w.stats_reset)::text FROM pg_catalog.pg_stat_wal AS w)
 WHERE NOT pg_catalog.pg_is_in_recovery()
 """
+CONFIRM: Final = "SELECT pg_catalog.pg_logical_emit_message(true, 'equitie_data', '')"
+"""Commits something of no meaning: once that is acknowledged, so is everything that was committed before it."""
 _STATUS = "SELECT pg_catalog.pg_xact_status(%s::pg_catalog.xid8)"
 
 
@@ -70,14 +77,15 @@ def resolve_commit(primary_dsn: Callable[[], str], evidence: Evidence, deadline:
         evidence: What is known of the transaction.
         deadline: The monotonic time, in seconds, until which to try; one try is made in any case.
     """
-    outcome = Outcome.UNKNOWN
     while True:
         try:
-            outcome = _ask(primary_dsn(), evidence)
+            outcome = _ask(primary_dsn(), evidence, deadline)
         except (UnavailableError, psycopg.Error):
-            outcome = Outcome.UNKNOWN
-        if outcome is not Outcome.UNKNOWN or time.monotonic() + _PAUSE >= deadline:
+            outcome = None
+        if outcome is not None:
             return outcome
+        if time.monotonic() + _PAUSE >= deadline:
+            return Outcome.UNKNOWN
         time.sleep(_PAUSE)
 
 
@@ -90,16 +98,36 @@ def fence(dsn: str, backend_pid: int) -> None:
         return
 
 
-def _ask(dsn: str, evidence: Evidence) -> Outcome:
+def _ask(dsn: str, evidence: Evidence, deadline: float) -> Outcome | None:
     with connect(dsn, connect_timeout=2, tcp_user_timeout=5000) as conn:
         conn.execute(_FENCE, [evidence.backend_pid, evidence.xid])
         row = conn.execute(_INCARNATION).fetchone()
         if row is None:
-            return Outcome.UNKNOWN  # a standby, which knows no fate that is not replayed yet
+            return None  # a standby, which knows no fate that is not replayed yet
         try:
             answer = conn.execute(_STATUS, [evidence.xid]).fetchone()
         except psycopg.errors.InvalidParameterValue:
             status: TransactionStatus | None = "in the future"  # this incarnation has not got that far
         else:
             status = None if answer is None else answer[0]
-        return judge(evidence.incarnation, Incarnation(*(value or "" for value in row)), status)
+        outcome = judge(evidence.incarnation, Incarnation(*(value or "" for value in row)), status)
+        return None if outcome is Outcome.COMMITTED and not _is_confirmed(conn, deadline) else outcome
+
+
+def _is_confirmed(conn: Connection[Any], deadline: float) -> bool:
+    """Whether a commit of our own was acknowledged, by the replicas too where they have to."""
+    warnings: list[str | None] = []
+    conn.add_notice_handler(lambda notice: warnings.append(notice.sqlstate))
+
+    def give_up() -> None:
+        with contextlib.suppress(psycopg.Error):
+            conn.cancel_safe(timeout=2.0)
+
+    # No time limit of the server's ends a wait for replicas; a cancel does, with a warning.
+    timer = threading.Timer(max(deadline - time.monotonic(), 0.1), give_up)
+    timer.start()
+    try:
+        conn.execute(CONFIRM)
+    finally:
+        timer.cancel()
+    return not warnings

@@ -108,7 +108,7 @@ def decide(failure: Failure) -> Decision:
     if state in _CONFLICT_STATES:
         # Definite aborts, even at COMMIT. Repeating one on the same replica only raises its lag.
         if failure.on_replica:
-            return Decision(Action.PRIMARY, f"{_CONFLICT_STATES[state]} on a replica")
+            return Decision(Action.PRIMARY, f"{_CONFLICT_STATES[state]} on a replica", until_deadline=True)
         return Decision(Action.RETRY, _CONFLICT_STATES[state])
     if failure.in_prologue and state == "42501":
         # An earlier operation's SET ROLE outlived its transaction; another connection has its own role still.

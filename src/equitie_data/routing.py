@@ -60,11 +60,13 @@ class ReplicaView:
     Attributes:
         health: What is known of it.
         replayed: The last offset it was seen to have replayed, in bytes; it can only be further by now.
+        may_ask: Whether it is worth asking how far it is: not right after it was found behind.
         local: Whether it stands in this process's region.
     """
 
     health: ReplicaHealth
     replayed: int = 0
+    may_ask: bool = True
     local: bool = True
 
 
@@ -118,12 +120,13 @@ def choose_replica(
         return ReadChoice(fit[turn % len(fit)])
     # The offset proves something only on the session's timeline or a later one.
     candidates = [index for index in fit if replicas[index].health.timeline >= position.timeline]
-    caught_up = [index for index in candidates if replicas[index].replayed >= position.lsn]
-    if caught_up:
-        return ReadChoice(caught_up[turn % len(caught_up)])
-    if candidates:
-        return ReadChoice(candidates[turn % len(candidates)], check=True)
-    return ReadChoice(None)
+    caught_up = {index for index in candidates if replicas[index].replayed >= position.lsn}
+    # Those of which it is not known take their turns too, and are asked: knowledge would otherwise never come.
+    worth = [index for index in candidates if index in caught_up or replicas[index].may_ask]
+    if not worth:
+        return ReadChoice(None)
+    chosen = worth[turn % len(worth)]
+    return ReadChoice(chosen, check=chosen not in caught_up)
 
 
 @attrs.frozen
@@ -135,12 +138,14 @@ class NodeReport:
         timeline: The timeline it is on, or follows.
         position: The offset it has written, or replayed, in bytes.
         replay_age: The age of the last transaction it replayed, in seconds.
+        system: The cluster's identifier.
     """
 
     in_recovery: bool
     timeline: int
     position: int
     replay_age: float = 0.0
+    system: int = 0
 
 
 def choose_primary(current: int, reports: Iterable[NodeReport | None]) -> int:

@@ -40,8 +40,6 @@ _FATAL: Final = pq.ExecStatus.FATAL_ERROR
 _BAD: Final = pq.ConnStatus.BAD
 
 _INCARNATION: Final = (b"system_identifier", b"timeline", b"started_at", b"statistics_reset_at")
-# Back to the login role, the only one that may keep a result.
-_STORE_AS: Final = b"SELECT pg_catalog.set_config('role', 'none', true)"
 _STORE: Final = b"SELECT equitie_private.store_idempotent_result($1, $2)"
 _POSITION: Final = (
     b"SELECT pg_catalog.pg_walfile_name(p.lsn), p.lsn FROM pg_catalog.pg_current_wal_insert_lsn() AS p (lsn)"
@@ -123,12 +121,12 @@ def _is_script(query: PostgresQuery) -> bool:
     return not query.params and b";" in query.query.rstrip(b"; \t\r\n")
 
 
-def _position_of(result: PGresult) -> WalPosition | None:
+def _position_of(result: PGresult, system: int) -> WalPosition | None:
     file, lsn = result.get_value(0, 0), result.get_value(0, 1)
     if file is None or lsn is None:
         return None
     # The first eight hexadecimal digits of a segment's name are its timeline (PostgreSQL, "WAL Internals").
-    return WalPosition(int(file[:8], 16), WalPosition.parse_lsn(lsn.decode()))
+    return WalPosition(int(file[:8], 16), WalPosition.parse_lsn(lsn.decode()), system)
 
 
 def _watched(generator: PQGen[Any], watch: Callable[[float], None]) -> PQGen[Any]:
@@ -164,6 +162,10 @@ class PrologueCarrier:
     """Whether the last error was the prologue's own."""
     opening: PGresult | None = None
     """What the last prologue returned."""
+    system = 0
+    """The identifier of the cluster it belongs to, as far as it is known."""
+    replayed = 0
+    """How far the replica was when the last prologue asked, in bytes."""
     behind = False
     """Whether the replica has not replayed what the session must see."""
     commit_sent = False
@@ -204,7 +206,8 @@ class PrologueCarrier:
         self.opening = result
         if prologue.position is not None:
             replayed = self.opening_value(b"replayed")
-            if replayed is None or WalPosition.parse_lsn(replayed) < prologue.position:
+            self.replayed = 0 if replayed is None else WalPosition.parse_lsn(replayed)
+            if self.replayed < prologue.position:
                 self.behind = True
                 raise errors.OperationalError("the replica has not replayed what this session wrote")
 
@@ -252,14 +255,13 @@ class PrologueCarrier:
         self.prologue_failed = False
         pgconn.enter_pipeline_mode()
         if keep is not None:
-            pgconn.send_query_params(_STORE_AS, None)
             key, result = keep
             pgconn.send_query_params(_STORE, [key.encode(), None if result is None else result.encode()])
         pgconn.send_query_params(b"COMMIT", None)
         if want_position:
             pgconn.send_query_params(_POSITION, None)
         results = yield from _exchange(self, 0)
-        commit = results[2 if keep is not None else 0]
+        commit = results[0 if keep is None else 1]
         if commit.command_status != b"COMMIT":
             raise SwallowedErrorError(
                 "The server rolled the transaction back instead of committing it, because a statement in it had "
@@ -267,7 +269,7 @@ class PrologueCarrier:
             )
         if not want_position:
             return None
-        return _position_of(results[-2])
+        return _position_of(results[-2], self.system)
 
     def command_gen(self, command: bytes) -> PQGen[Any]:
         """Run a command that takes no parameters and returns no rows."""
@@ -370,7 +372,7 @@ class PrologueRider:
         self._set_results([result])  # type: ignore[attr-defined]
         if prepared._to_flush:
             yield from prepared.maintain_gen(connection)
-        return _position_of(results[-2]) if want_position else None
+        return _position_of(results[-2], connection.system) if want_position else None
 
     @contextmanager
     def observed(self, count_rows: Callable[[], int] | None = None) -> Iterator[None]:

@@ -62,3 +62,10 @@ def application(ledger: Ledger, proxy: TcpProxy, listener: Listener) -> Iterator
 def service() -> Iterator[None]:
     with as_service("faults"):
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # A skipped proof of failover must not look like a passed one.
+    reasons = {report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])}
+    for reason in sorted(reason for reason in reasons if "NOT tested" in reason):
+        terminalreporter.write_line(reason.removeprefix("Skipped: "), red=True, bold=True)

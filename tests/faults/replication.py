@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class Cluster:
         position = ask(self.primary, "SELECT pg_current_wal_insert_lsn()")[0]
         for replica in self.replicas:
             if replica.is_running:
-                wait_until(lambda r=replica: ask(r, "SELECT pg_last_wal_replay_lsn() >= %s", position) == [(True,)])
+                wait_until(partial(_answers, replica, "SELECT pg_last_wal_replay_lsn() >= %s", True, position))
 
 
 def ask(server: EmbeddedServer, statement: str, params: Any = None) -> list[tuple[Any, ...]]:
@@ -65,6 +66,10 @@ def ask(server: EmbeddedServer, statement: str, params: Any = None) -> list[tupl
     with psycopg.connect(server.dsn(DATABASE), autocommit=True, connect_timeout=10) as connection:
         cursor = connection.execute(statement, params)
         return [] if cursor.description is None else cursor.fetchall()
+
+
+def _answers(server: EmbeddedServer, statement: str, answer: object, params: Any = None) -> bool:
+    return ask(server, statement, params) == [(answer,)]
 
 
 @contextmanager
@@ -102,7 +107,7 @@ def replay_paused(*replicas: EmbeddedServer) -> Iterator[None]:
     try:
         for replica in replicas:
             ask(replica, "SELECT pg_wal_replay_pause()")
-            wait_until(lambda r=replica: ask(r, "SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
+            wait_until(partial(_answers, replica, "SELECT pg_get_wal_replay_pause_state()", "paused"))
         yield
     finally:
         for replica in replicas:

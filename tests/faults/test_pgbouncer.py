@@ -536,8 +536,23 @@ def test_writes_are_read_back_from_replicas_behind_a_pooler(
                 else:
                     assert database.execute_write(lambda conn: conn.execute(count_up).fetchall()) == [(number,)]
                 assert database.execute_read("SELECT value FROM ledger.sessions WHERE session_id = 1") == [(number,)]
+            replica_stays_behind(replica, database, number)
             wait_until(lambda: database.execute_read("SELECT pg_is_in_recovery()") == [(True,)])
     assert {event.node_role for event in listener.of(StatementEnded)} == {"primary", "replica"}
+
+
+def replica_stays_behind(replica: EmbeddedServer, database: Database, number: int) -> None:
+    """However long a replica lags, reads of what was just written are served."""
+    with psycopg.connect(replica.dsn(), autocommit=True) as superuser:
+        superuser.execute("SELECT pg_wal_replay_pause()")
+        try:
+            database.execute_write("UPDATE ledger.sessions SET value = value + 1 WHERE session_id = 1")
+            for _ in range(150):
+                assert database.execute_read("SELECT value FROM ledger.sessions WHERE session_id = 1") == [
+                    (number + 1,)
+                ]
+        finally:
+            superuser.execute("SELECT pg_wal_replay_resume()")
 
 
 @pytest.mark.slow
