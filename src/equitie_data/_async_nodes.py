@@ -93,7 +93,7 @@ class AsyncNode(TidiedFromThread):
         """The last offset it was seen to have replayed, in bytes."""
         self.round_trip = math.inf
         """Seconds a trip to it takes at best; infinite until measured."""
-        self._ask_from = 0.0
+        self._ask_from = self._replayed_at = 0.0
         self._settings = settings
         self._prepare_after = None if settings.pooler == "transaction" else _PREPARE_AFTER
         self._lock = threading.Lock()
@@ -135,9 +135,21 @@ class AsyncNode(TidiedFromThread):
             local=region is None or self.region == region,
         )
 
+    def know_replayed(self, offset: int) -> None:
+        """Note how far the replica has replayed, as of now."""
+        self.replayed, self._replayed_at = offset, time.monotonic()
+
+    def shows(self, offset: int, connection: AsyncNodeConnection[Any]) -> bool:
+        """Whether a connection is known to show everything up to an offset.
+
+        What was seen holds for connections that were there by then: a server that restarted may show less than it did
+        before, but its connections of before are gone.
+        """
+        return self.replayed >= offset and connection.first_used_at <= self._replayed_at
+
     def note_replayed(self, offset: int, *, behind: bool) -> None:
         """Note how far a read found the replica; one that was behind is not asked again for a moment."""
-        self.replayed = offset
+        self.know_replayed(offset)
         if behind:
             self._ask_from = time.monotonic() + _ASK_AGAIN_AFTER
 
@@ -184,13 +196,13 @@ class AsyncNode(TidiedFromThread):
                 await self._drop(connection)  # interrupted while it belonged to nobody
                 raise
             if not alive:
-                self.replayed = 0  # a server that restarted may show less than it did before
                 await self._drop(connection)
             elif self._is_standby(connection):
                 await self._drop(connection)
                 raise UnavailableError(f"The primary {self.name} has become a standby: another node takes the writes.")
             else:
                 connection.system = self.system
+                connection.first_used_at = connection.first_used_at or time.monotonic()
                 self._holders[connection] = TaskHolder(time.monotonic(), name)
                 self._checkouts += 1
                 return connection

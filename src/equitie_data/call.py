@@ -87,6 +87,7 @@ class Call:
         "started",
         "statement_timeout",
         "use_primary",
+        "wanted",
     )
 
     def __init__(
@@ -138,6 +139,7 @@ class Call:
         self.backend_pid: int | None = None
         self.result: Any = None
         self.position: WalPosition | None = None
+        self.wanted: WalPosition | None = None
         # An explicit timeout bounds the statement as well; without a limit, neither is bounded.
         self.statement_timeout = None if timeout is None else (0.0 if math.isinf(timeout) else timeout)
         self.attempt = 1
@@ -150,7 +152,7 @@ class Call:
     def begin_attempt(self) -> None:
         """Forget what the attempt before had reached."""
         self.phase = Phase.CHECKOUT
-        self.connection = self.evidence = self.backend_pid = self.position = None
+        self.connection = self.evidence = self.backend_pid = self.position = self.wanted = None
 
     # --- the transaction ------------------------------------------------------------------------------------------
 

@@ -75,7 +75,6 @@ class HealthWatch:
         """Give a replica no more reads until a probe finds it well."""
         was_ejected = node.health.ejected
         node.health = node.health.failed(time.monotonic())
-        node.replayed = 0  # after a restart it may show less than it did before
         self._wake.set()
         if not was_ejected:
             log.warning("equitie_data.node_ejected", node=node.name, reason=reason)
@@ -173,7 +172,7 @@ class HealthWatch:
         primary = next((self._reports[each] for each in self._nodes if each.role == "primary"), None)
         behind = 0 if primary is None else max(primary.position - report.position, 0)
         was_ejected = node.health.ejected
-        node.replayed = report.position
+        node.know_replayed(report.position)
         # On an idle primary the last transaction grows old although nothing is missing.
         age = report.replay_age if behind else 0.0
         node.health = ReplicaHealth(lag_seconds=age, lag_bytes=behind, timeline=report.timeline)

@@ -343,6 +343,8 @@ class ConnectionPools:
                     )
             connection = node.checkout(wait, call.name)
             call.connection, call.phase = connection, Phase.STATEMENT
+            if call.wanted is not None and node.role == "replica" and not node.shows(call.wanted.lsn, connection):
+                call.position = call.wanted  # it must prove it, in the read's own trip
             connection.watch = call.watch(node, connection, self._health.suspect)
             if self.hooks:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
@@ -560,8 +562,7 @@ class ConnectionPools:
             max_lag=self.settings.max_replica_lag,
             max_lag_bytes=self.settings.max_replica_lag_bytes,
         )
-        if choice.check:
-            call.position = position
+        call.wanted = position
         return (self.primary, choice.degraded) if choice.index is None else (replicas[choice.index], False)
 
     def _promote(self, node: Node) -> None:

@@ -76,7 +76,7 @@ class ReadChoice:
 
     Attributes:
         index: Of the replica; ``None`` for the primary.
-        check: Whether the replica must prove, in the read's own trip, that it has replayed the session's writes.
+        check: Whether the replica is not known to have replayed the session's writes, and has to be asked.
         degraded: Whether the primary stands in because no replica is fit.
     """
 

@@ -164,6 +164,8 @@ class PrologueCarrier:
     """What the last prologue returned."""
     system = 0
     """The identifier of the cluster it belongs to, as far as it is known."""
+    first_used_at = 0.0
+    """The monotonic time of its first checkout: since then its server has not restarted."""
     replayed = 0
     """How far the replica was when the last prologue asked, in bytes."""
     behind = False

@@ -380,7 +380,7 @@ async def test_a_write_cancelled_anywhere_leaves_what_it_says_and_no_trace_on_th
                 name: 2 for name, written in expected.items() if written and work is _savepoints
             }
     assert ("returned", 1) in endings
-    assert ("cancelled", 0) in endings or work is None
+    assert ("cancelled", 0) in endings or work is None or how == "a little later"
     assert len(points) > 2
     gc.collect()  # so that nobody else is warned
 
