@@ -86,17 +86,20 @@ def contestants(
     stack: contextlib.ExitStack, owner_dsn: str, app_dsn: str, user: str
 ) -> dict[str, dict[str, Callable[[], Any]]]:
     """Return the contestants of each group, each a callable that returns the row."""
-    size = {"min_size": CONNECTIONS, "max_size": CONNECTIONS}
     claims = json.dumps({"sub": user, "role": "authenticated"})
     identity, named_identity = IDENTITY.format(claims="%s"), sqlalchemy.text(IDENTITY.format(claims=":claims"))
     text = sqlalchemy.text(NAMED_QUERY)
 
     def database(dsn: str, **settings: Any) -> Database:
-        quiet = {"enable_performance_monitoring": False, "enable_audit_logging": False}
-        return stack.enter_context(Database(Settings(dsn=dsn, **size, **quiet, **settings)))
+        settings |= {"min_size": CONNECTIONS, "max_size": CONNECTIONS}
+        settings |= {"enable_performance_monitoring": False, "enable_audit_logging": False}
+        return stack.enter_context(Database(Settings(dsn=dsn, **settings)))
 
     def pool(dsn: str) -> psycopg_pool.ConnectionPool[Any]:
-        return stack.enter_context(psycopg_pool.ConnectionPool(dsn, **size, timeout=30, open=True))
+        made: psycopg_pool.ConnectionPool[Any] = psycopg_pool.ConnectionPool(
+            dsn, min_size=CONNECTIONS, max_size=CONNECTIONS, timeout=30, open=True
+        )
+        return stack.enter_context(made)
 
     def engine(dsn: str) -> sqlalchemy.Engine:
         url = sqlalchemy.make_url(dsn).set(drivername="postgresql+psycopg")
@@ -157,7 +160,7 @@ def prepare(database: Database) -> str:
 def ratio(runs: dict[str, list[Run]], threads: int, attribute: str) -> float:
     """Return the median over rounds of our figure by psycopg's."""
     ours, theirs = (
-        [getattr(each, attribute) for each in runs[name] if each.threads == threads] for name in (OURS, PSYCOPG)
+        [float(getattr(each, attribute)) for each in runs[name] if each.threads == threads] for name in (OURS, PSYCOPG)
     )
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import statistics
 import threading
 import time
@@ -89,13 +90,23 @@ def fill(hold: Callable[[threading.Barrier], Any]) -> None:
 
 def with_library(stack: contextlib.ExitStack, dsn: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """Return a call, and what holds a connection until all are held."""
-    size = {"min_size": CONNECTIONS, "max_size": CONNECTIONS}
-    quiet = {"enable_performance_monitoring": False, "enable_audit_logging": False}
-    settings = Settings(dsn=dsn, default_actor="service", service_role=None, **size, **quiet)
+    settings = Settings(
+        dsn=dsn,
+        default_actor="service",
+        service_role=None,
+        min_size=CONNECTIONS,
+        max_size=CONNECTIONS,
+        enable_performance_monitoring=False,
+        enable_audit_logging=False,
+    )
     database = stack.enter_context(Database(settings))
 
     def hold(together: threading.Barrier) -> None:
-        database.execute_read(lambda conn: (conn.execute("SELECT 1"), together.wait()) and None)
+        def operation(conn: psycopg.Connection[Any]) -> None:
+            conn.execute("SELECT 1")
+            together.wait()
+
+        database.execute_read(operation)
 
     return lambda: database.execute_read("SELECT 1"), hold
 
@@ -123,9 +134,7 @@ def with_psycopg(
 def with_sqlalchemy(stack: contextlib.ExitStack, dsn: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """As `with_library`, for SQLAlchemy's pool."""
     url = sqlalchemy.make_url(dsn).set(drivername="postgresql+psycopg")
-    engine = sqlalchemy.create_engine(
-        url, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=30, pool_pre_ping=True
-    )
+    engine = sqlalchemy.create_engine(url, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=30, pool_pre_ping=True)
     stack.callback(engine.dispose)
     text = sqlalchemy.text("SELECT 1")
 
@@ -164,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # a line for every connection that died
     storms: dict[str, list[Storm]] = {name: [] for name in CONTESTANTS}
     names = list(CONTESTANTS)
     with EmbeddedServer(settings={"max_connections": "200"}) as server:

@@ -236,7 +236,7 @@ def test_a_connection_cut_at_any_byte_makes_nothing_twice_and_loses_nothing(
         for _ in range(8):
             make_one()
         struck = 0
-        for count in range(0, 2_000, 7):
+        for count in range(0, 2_000, 11):
             fault = proxy.cut_after(count, direction)
             make_one()
             if not fault.struck.is_set():

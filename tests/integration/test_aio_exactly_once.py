@@ -363,9 +363,9 @@ async def test_a_write_cancelled_anywhere_leaves_what_it_says_and_no_trace_on_th
                 else database.execute_write(functools.partial(work, database=database, name=name), name=name, **options)
             )
             at = set(range(point, point + 3)) if how == "twice" and point else {point}
-            ending, count = await cancelled_at(call, at, 0.0005 if how == "a little later" else None)
+            ending, suspended = await cancelled_at(call, at, 0.0005 if how == "a little later" else None)
             if point == 0:
-                points += sample(count)
+                points += sample(suspended)
             (ended,) = [event for event in listener.of(OperationEnded) if event.name == name]
             expected[name] = int(ended.error is None)
             if ending == "returned":
@@ -475,26 +475,29 @@ async def test_a_cancellation_waits_until_a_lost_commit_is_resolved(
         assert await database.execute_read("SELECT 1") == [(1,)]
 
 
-@pytest.mark.parametrize("silent", ["to COMMIT", "to whoever asks what became of it"])
+@pytest.mark.parametrize("silent", ["to COMMIT", "to whoever asks what became of it", "to whoever runs it again"])
 @awaited
 async def test_a_cancelled_call_does_not_wait_for_ever_for_an_answer(
     proxy: TcpProxy, listener: Listener, monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
-    from equitie_data import _async_call
+    from equitie_data import _async_call, _async_nodes
 
-    monkeypatch.setattr(_async_call, "_ANSWER_WITHIN", 0.5)
-    async with quiet(proxy.dsn, listener, call_timeout=3600.0) as database:
-        await set_distance(database, 0.0)
+    again = silent == "to whoever runs it again"
+    monkeypatch.setattr(_async_call, "_ANSWER_WITHIN", 3.0 if again else 0.5)
+    monkeypatch.setattr(_async_nodes, "_UNREACHABLE_AFTER", 0.2)
+    async with quiet(proxy.dsn, listener, min_size=1, max_size=1, call_timeout=3600.0) as database:
+        await set_distance(database, 0.001 if again else 0.0)
         await database.execute_write("SELECT 1", name="before")
         if silent != "to COMMIT":
-            proxy.cut_reply_to(b"COMMIT", proxy.go_deaf)
+            proxy.cut_reply_to(b"INSERT INTO" if again else b"COMMIT", proxy.go_deaf)
 
         async def operation(conn: AsyncConnection[Any]) -> None:
             await add(conn, "silence")
             if silent == "to COMMIT":
                 proxy.go_deaf()
 
-        task = asyncio.create_task(database.execute_write(operation, name="lost"))
+        call = database.execute_write(ADD, ["silence"], name="lost") if again else database.execute_write(operation, name="lost")
+        task = asyncio.create_task(call)
         while proxy._hearing.is_set():
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
