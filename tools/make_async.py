@@ -20,7 +20,7 @@ TWINS = {"nodes": "_async_nodes", "pool": "_async_pool"}
 HEAD = """\
 # Written by tools/make_async.py from {source}.py: change that one, and run the program.
 # fmt: off
-# ruff: noqa: E501, F401, I001, RUF022, RUF100, SLF001
+# ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
 # mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
 """
 
@@ -177,7 +177,7 @@ def await_(module: Module, call: ast.Call) -> None:
     assert call.end_lineno is not None
     assert call.end_col_offset is not None
     function = ast.unparse(call.func)
-    chained = isinstance(module.parents[call], ast.Attribute)
+    chained = isinstance(module.parents[call], ast.Attribute | ast.Subscript)
     opening, closing = ("(await ", ")") if chained else ("await ", "")
     if blocks(call):
         arguments = ", " if call.args or call.keywords else ""

@@ -22,7 +22,7 @@ from equitie_data.errors import CommitOutcomeUnknown, NotOpenError, UnavailableE
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-    from equitie_data._async_pool import AsyncConnectionPools
+    from equitie_data.aio import Pools
     from equitie_data.audit_events import AuditEvent
     from equitie_data.context import Transaction
 
@@ -41,7 +41,7 @@ class FromThread:
         pools: The pools.
     """
 
-    def __init__(self, pools: AsyncConnectionPools) -> None:
+    def __init__(self, pools: Pools) -> None:
         self._pools = pools
         self._loop: asyncio.AbstractEventLoop | None = None
         self.threads: concurrent.futures.ThreadPoolExecutor | None = None
@@ -61,7 +61,10 @@ class FromThread:
     @property
     def in_loop(self) -> bool:
         """Whether this is the event loop's own thread, in which waiting for the loop would be for ever."""
-        return self._loop is not None and asyncio._get_running_loop() is self._loop
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
 
     def execute_read(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         """Read as `Database.execute_read` does."""
@@ -116,7 +119,7 @@ def _awaited(
     async def in_a_thread(self: AsyncAuditLogger, *args: P.args, **kwargs: P.kwargs) -> R:
         return await in_thread(self._from_thread.threads, method, self, *args, **kwargs)
 
-    return in_a_thread
+    return cast("Any", in_a_thread)  # type: ignore[no-any-return]
 
 
 class AsyncAuditLogger(AuditLogger):
@@ -170,7 +173,7 @@ class AsyncAuditLogger(AuditLogger):
     async def _send_all(self, waiting: list[AuditEvent], connection: AsyncNodeConnection[Any]) -> None:
         while waiting:
             events: Sequence[AuditEvent] = waiting[: self._batch_size]
-            await record(connection, events)  # type: ignore[func-returns-value, arg-type, misc]
+            await record(connection, events)  # type: ignore[arg-type, misc]
             del waiting[: len(events)]
             self._sent_in_transactions += len(events)
 

@@ -47,7 +47,7 @@ class AsyncCall(Call):
         self.deadline = min(self.deadline, time.monotonic() + _ANSWER_WITHIN)
         if self.alone_on is not None:
             # The server may still be at the statement. Either it lets itself be stopped, or it has committed.
-            self.cancelling = asyncio.ensure_future(self.alone_on._try_cancel())
+            self.cancelling = asyncio.ensure_future(self.alone_on.give_up())
 
     def watch(
         self, node: Node, connection: PrologueCarrier, suspect: Callable[[Node], None]

@@ -1,6 +1,6 @@
 # Written by tools/make_async.py from pool.py: change that one, and run the program.
 # fmt: off
-# ruff: noqa: E501, F401, I001, RUF022, RUF100, SLF001
+# ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
 # mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
 """`execute_read` and `execute_write` over one psycopg `AsyncConnectionPool` per node.
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor
+from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, Error
 from psycopg.rows import Row as RowType
 
+from equitie_data._event_loop import settled
 from equitie_data.call import WriteTransaction
 from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider, _watched, is_stale
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from psycopg import AsyncCopy, AsyncPipeline, AsyncTransaction
+    from psycopg import AsyncCopy, AsyncPipeline, AsyncTransaction, Connection
     from psycopg.abc import PQGen
 
 __all__ = ["AsyncNodeConnection", "AsyncNodeCursor", "blocking_view", "is_stale"]
+
+
+_GIVE_UP_WITHIN = 5.0  # seconds
 
 
 class AsyncNodeCursor(PrologueRider, AsyncCursor[RowType]):
@@ -81,13 +86,13 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
     async def transaction(self, *args: Any, **kwargs: Any) -> AsyncIterator[AsyncTransaction]:
         """Open a savepoint: the transaction itself is the library's."""
         await self.flush_prologue()
-        savepoint = WriteTransaction(self)
+        savepoint = WriteTransaction(cast("Connection[Any]", self))
         async with super().transaction(*args, **kwargs) as transaction:
             self.savepoints.append(savepoint)
             try:
                 yield transaction
                 for action in savepoint.actions:
-                    await action(self)
+                    await settled(action(savepoint.connection))
             finally:
                 self.savepoints.remove(savepoint)
 
@@ -97,6 +102,11 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
         await self.flush_prologue()
         async with super().pipeline() as pipeline:
             yield pipeline
+
+    async def give_up(self) -> None:
+        """Ask the server to stop what it is at, if it can be reached."""
+        with contextlib.suppress(Error):
+            await self.cancel_safe(timeout=_GIVE_UP_WITHIN)
 
     async def commit(self) -> None:
         """Refused during an operation."""
@@ -122,5 +132,5 @@ def blocking_view(connection: AsyncNodeConnection[Any]) -> NodeConnection[Any]:
     connection.pgconn.notice_handler, connection.pgconn.notify_handler = told
     for name in _CARRIED:
         setattr(view, name, getattr(connection, name))
-    view._pool = None  # so that psycopg does not take it for one that was forgotten
+    view._pool = None  # noqa: SLF001 - so that psycopg does not take it for one that was forgotten
     return view

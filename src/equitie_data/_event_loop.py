@@ -18,7 +18,7 @@ from equitie_data.context import position_variable, remember_position
 from equitie_data.nodes import Holder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+    from collections.abc import Callable, Coroutine, Generator, Iterator
     from concurrent.futures import Executor
     from types import FrameType
 
@@ -28,7 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def settled(value: Awaitable[T] | T) -> T:
+async def settled(value: Any) -> Any:
     """Return what may have to be awaited first."""
     return await value if inspect.isawaitable(value) else value
 
@@ -121,17 +121,17 @@ def _until_done(future: asyncio.Future[Any] | None) -> Generator[Any, Any, None]
     if future is None:  # asyncio.sleep(0)
         yield
         return
-    future._asyncio_future_blocking = False
+    future._asyncio_future_blocking = False  # noqa: SLF001 - the protocol of tasks and futures
     if not future.done():
         stand_in = future.get_loop().create_future()
-        future.add_done_callback(lambda _: stand_in.done() or stand_in.set_result(None))
+        future.add_done_callback(lambda _: _settle(stand_in, True))
         yield from stand_in
 
 
 def _abandon(future: asyncio.Future[Any] | None) -> None:
     """Do to what a task waits for what the task's own `cancel` would have done."""
     if future is not None:
-        future._asyncio_future_blocking = False
+        future._asyncio_future_blocking = False  # noqa: SLF001 - as above
         future.cancel()
 
 
@@ -159,7 +159,7 @@ class BoundedSemaphore:
             self._free -= 1
             return True
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
+        waiter: asyncio.Future[bool] = loop.create_future()
         self._waiters.append(waiter)
         timer = loop.call_later(timeout, _settle, waiter, False)
         try:

@@ -452,6 +452,7 @@ def covers(row: list[str], failure: retry.Failure) -> bool:
         or ("no answer" in what and said_nothing)
         or ("connection lost" in what and failure.connection_lost)
         or ("cached plan" in what and failure.stale_plan)
+        or ("another `08...`" in what and failure.connection_lost and str(failure.sqlstate).startswith("08"))
     )
 
 

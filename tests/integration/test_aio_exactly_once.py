@@ -249,7 +249,9 @@ class Suspensions:
                 thrown = error
 
 
-async def cancelled_at(coroutine: Coroutine[Any, Any, Any], at: set[int], after: float | None = None) -> tuple[str, int]:
+async def cancelled_at(
+    coroutine: Coroutine[Any, Any, Any], at: set[int], after: float | None = None
+) -> tuple[str, int]:
     """Return how a call that was cancelled there ended, and how often it was suspended."""
     suspensions = Suspensions(coroutine, at, after)
 
@@ -273,7 +275,9 @@ async def check_unharmed(database: AsyncDatabase, tasks: int) -> None:
     arrived, everybody = [], asyncio.Event()
 
     async def hold(conn: AsyncConnection[Any]) -> Any:
-        row = await (await conn.execute("SELECT current_setting('role'), current_setting('statement_timeout')")).fetchone()
+        row = await (
+            await conn.execute("SELECT current_setting('role'), current_setting('statement_timeout')")
+        ).fetchone()
         arrived.append(1)
         if len(arrived) == tasks:
             everybody.set()
@@ -496,7 +500,11 @@ async def test_a_cancelled_call_does_not_wait_for_ever_for_an_answer(
             if silent == "to COMMIT":
                 proxy.go_deaf()
 
-        call = database.execute_write(ADD, ["silence"], name="lost") if again else database.execute_write(operation, name="lost")
+        call = (
+            database.execute_write(ADD, ["silence"], name="lost")
+            if again
+            else database.execute_write(operation, name="lost")
+        )
         task = asyncio.create_task(call)
         while proxy._hearing.is_set():
             await asyncio.sleep(0.001)
