@@ -69,7 +69,8 @@ def contestants(stack: contextlib.ExitStack, app_dsn: str, user: str) -> dict[st
         sqlalchemy.text(NAMED_INSERT),
         sqlalchemy.text(IDENTITY.format(claims=":claims", context=":context")),
     )
-    keys = (f"{user} {number}" for number in itertools.count())
+    request = uuid4()
+    keys = (f"{request} {number}" for number in itertools.count())
 
     def plain() -> Any:
         with pool.connection() as conn:  # sends BEGIN and COMMIT
@@ -167,6 +168,7 @@ def main() -> None:
         proxy = outer.enter_context(TcpProxy(app_dsn, delay=0.0005))
         with contextlib.ExitStack() as stack, acting_as(user):
             ways = contestants(stack, proxy.dsn_for(app_dsn), user)
+            check(owner_dsn, user, ways)
             link = interleave(ways, rounds=max(rounds // 4, 5), calls=5)
             trips = {name: trips_of(proxy, way) for name, way in ways.items()}
         print_table("through a proxy with 1 ms of delay", link, POOL)

@@ -22,6 +22,7 @@ HEAD = """\
 # fmt: off
 # ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
 # mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
+# pyright: reportArgumentType=false, reportUnusedImport=false
 """
 
 # What waits for the server or for others, by the name it is called by.

@@ -22,6 +22,8 @@ from equitie_data.errors import CommitOutcomeUnknown, NotOpenError, UnavailableE
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
+    from psycopg import Connection
+
     from equitie_data.aio import Pools
     from equitie_data.audit_events import AuditEvent
     from equitie_data.context import Transaction
@@ -114,12 +116,9 @@ class FromThread:
 
 def _awaited(
     method: Callable[Concatenate[AuditLogger, P], R],
-) -> Callable[Concatenate[AsyncAuditLogger, P], Coroutine[Any, Any, R]]:
-    @functools.wraps(method)
-    async def in_a_thread(self: AsyncAuditLogger, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await in_thread(self._from_thread.threads, method, self, *args, **kwargs)
-
-    return cast("Any", in_a_thread)  # type: ignore[no-any-return]
+) -> Callable[[Callable[..., Any]], Callable[Concatenate[AsyncAuditLogger, P], Coroutine[Any, Any, R]]]:
+    """Give a coroutine function the arguments, the result and the documentation of the method it awaits."""
+    return functools.wraps(method)
 
 
 class AsyncAuditLogger(AuditLogger):
@@ -138,8 +137,13 @@ class AsyncAuditLogger(AuditLogger):
         self._from_thread = from_thread
         self._queue = _Queue(from_thread, batch_size=self._batch_size, capacity=capacity)
 
-    close = _awaited(AuditLogger.close)  # type: ignore[assignment]
-    query = _awaited(AuditLogger.query)  # type: ignore[assignment]
+    @_awaited(AuditLogger.close)
+    async def close(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        return await in_thread(self._from_thread.threads, super().close, *args, **kwargs)
+
+    @_awaited(AuditLogger.query)
+    async def query(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return await in_thread(self._from_thread.threads, super().query, *args, **kwargs)
 
     async def flush(self, timeout: float | None = None) -> None:  # type: ignore[override]
         """Write everything recorded so far: what belongs to the running transaction on its connection, the rest now.
@@ -163,17 +167,17 @@ class AsyncAuditLogger(AuditLogger):
     def _add_to(self, transaction: Transaction, event: AuditEvent) -> None:
         # Nothing can be sent here, where nothing is awaited: a savepoint's events are sent before it is released.
         savepoints = cast("AsyncNodeConnection[Any]", transaction.connection).savepoints
-        part: Transaction = savepoints[-1] if savepoints else transaction
+        part: Any = savepoints[-1] if savepoints else transaction
         waiting: list[AuditEvent] | None = part.local.get(self)
         if waiting is None:
             waiting = part.local[self] = []
-            part.before_commit(functools.partial(self._send_all, waiting))  # type: ignore[arg-type]
+            part.before_commit(functools.partial(self._send_all, waiting))
         waiting.append(event)
 
     async def _send_all(self, waiting: list[AuditEvent], connection: AsyncNodeConnection[Any]) -> None:
         while waiting:
             events: Sequence[AuditEvent] = waiting[: self._batch_size]
-            await record(connection, events)  # type: ignore[arg-type, misc]
+            await cast("Any", record(cast("Connection[Any]", connection), events))
             del waiting[: len(events)]
             self._sent_in_transactions += len(events)
 

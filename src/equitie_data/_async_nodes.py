@@ -2,6 +2,7 @@
 # fmt: off
 # ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
 # mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
+# pyright: reportArgumentType=false, reportUnusedImport=false
 """One node: its pool of connections, its health, and what it counts."""
 
 from __future__ import annotations

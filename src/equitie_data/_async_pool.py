@@ -2,6 +2,7 @@
 # fmt: off
 # ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
 # mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
+# pyright: reportArgumentType=false, reportUnusedImport=false
 """`execute_read` and `execute_write` over one psycopg `AsyncConnectionPool` per node.
 
 A thin executor: which node, whether to retry and what became of a commit are decided in `routing`, `retry` and

@@ -23,7 +23,7 @@ from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
 from equitie_data.resolve import resolve_commit
 from equitie_data.settings import Settings
-from equitie_data.verify import verified
+from equitie_data.verify import explain_no_primary, verified
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
@@ -219,6 +219,9 @@ class AsyncDatabase:
             self.settings = await asyncio.to_thread(verified, self.settings)
             self.pool.configure(self.settings)
             await self.pool.open()
+            if not self.pool.primary.reachable:
+                await self.pool.shutdown()
+                raise await asyncio.to_thread(explain_no_primary, self.settings)
             self._from_thread.open()
             self._opened = True
             if self.settings.enable_performance_monitoring:

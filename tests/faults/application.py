@@ -6,9 +6,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from equitie_data import Settings
+from equitie_data._postgres_process import is_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from equitie_data.embedded import EmbeddedServer
 
 
 class Listener:
@@ -36,3 +39,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def crash_and_recover(server: EmbeddedServer) -> None:
+    """Kill a server and start it again, on its port: the last of its processes may hold that for a moment."""
+    server.kill()
+    wait_until(lambda: is_free(server.port))
+    server.start()

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.application import settings
+from tests.faults.application import crash_and_recover, settings
 from tests.faults.ledger import Discrepancies, Load
 
 from equitie_data import Database
@@ -108,8 +108,7 @@ def restart_the_server(world: World) -> None:
 
 
 def kill_the_server(world: World) -> None:
-    world.primary.kill()
-    world.primary.start()
+    crash_and_recover(world.primary)
 
 
 def kill_a_backend(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from tests.faults.application import Listener, settings, wait_until
+from tests.faults.application import Listener, crash_and_recover, settings, wait_until
 from tests.faults.ledger import Discrepancies, Transfer
 
 from equitie_data import Database, as_service
@@ -203,12 +203,8 @@ def test_a_transaction_id_given_out_again_after_a_crash_is_not_taken_for_ours(
 def test_a_commit_answered_just_before_the_server_dies_is_not_made_twice(
     primary: EmbeddedServer, ledger: Ledger, application: Database, proxy: TcpProxy, called: Transfer
 ) -> None:
-    def die() -> None:
-        primary.kill()
-        primary.start()
-
     transfer = called
-    proxy.cut_reply_to(b"COMMIT", then=die)
+    proxy.cut_reply_to(b"COMMIT", then=lambda: crash_and_recover(primary))
     try:
         assert transfer.make(application, timeout=30) == 1
     except CommitOutcomeUnknown:

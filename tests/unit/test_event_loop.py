@@ -22,6 +22,8 @@ async def ended(task: asyncio.Task[Any]) -> Any:
 
 
 def test_it_runs_in_the_caller_s_task_and_context() -> None:
+    outer: asyncio.Task[Any] | None = None
+
     async def inner() -> str:
         await asyncio.sleep(0)
         variable.set("set")
@@ -37,7 +39,6 @@ def test_it_runs_in_the_caller_s_task_and_context() -> None:
         with pytest.raises(KeyError):
             await Uninterrupted(fails(KeyError()))
 
-    outer: asyncio.Task[Any] | None = None
     asyncio.run(main())
 
 
@@ -126,11 +127,10 @@ def test_what_is_not_held_is_cancelled_as_ever() -> None:
 
 def test_a_failure_gives_way_to_the_cancellation_and_stays_its_cause() -> None:
     async def run() -> None:
-        try:
+        with pytest.raises(asyncio.CancelledError) as caught:
             await Uninterrupted(fails(KeyError("mine")))
-        except asyncio.CancelledError as cancellation:
-            assert isinstance(cancellation.__cause__, KeyError)
-            raise
+        assert isinstance(caught.value.__cause__, KeyError)
+        raise caught.value
 
     async def main() -> None:
         task = asyncio.create_task(run())

@@ -48,8 +48,10 @@ def test_the_twins_are_up_to_date() -> None:
         ),
         (
             "def f(self):\n    self._health.stop(5)\n    connect(d, t=1).close()",
-            "async def f(self):\n    await in_thread(self.executor, self._health.stop, 5)\n"
-            "    (await in_thread(self.executor, connect, d, t=1)).close()",
+            (
+                "async def f(self):\n    await in_thread(self.executor, self._health.stop, 5)\n"
+                "    (await in_thread(self.executor, connect, d, t=1)).close()"
+            ),
         ),
         (
             "def f(c):\n    with c.lock:\n        c.wait(g)",
