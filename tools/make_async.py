@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equitie_data"
-TWINS = {"nodes": "_async_nodes", "pool": "_async_pool"}
+TWINS = {"nodes": "_async_nodes", "attempts": "_async_attempts", "pool": "_async_pool"}
 
 HEAD = """\
 # Written by tools/make_async.py from {source}.py: change that one, and run the program.
@@ -51,6 +51,7 @@ IN_THREADS = {"probe"}
 LEFT_OUT = {"Holder", "_of_the_parent", "after_fork", "_open_after_fork"}
 
 WORDS = {
+    "Attempts": "AsyncAttempts",
     "Call": "AsyncCall",
     "Connection": "AsyncConnection",
     "ConnectionPool": "AsyncConnectionPool",
@@ -60,6 +61,7 @@ WORDS = {
     "NodeConnection": "AsyncNodeConnection",
     "NodeCursor": "AsyncNodeCursor",
     "RowFactory": "AsyncRowFactory",
+    "equitie_data.attempts": "equitie_data._async_attempts",
     "equitie_data.call": "equitie_data._async_call",
     "equitie_data.nodes": "equitie_data._async_nodes",
     "equitie_data.wire": "equitie_data._async_wire",

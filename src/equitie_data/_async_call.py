@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 
-from equitie_data.call import Call, WriteTransaction, call_variable, check_transaction_open
+from equitie_data.call import Call, call_variable
 from equitie_data.retry import Phase
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from equitie_data.nodes import Node
     from equitie_data.wire import PrologueCarrier
 
-__all__ = ["AsyncCall", "WriteTransaction", "call_variable", "check_transaction_open"]
+__all__ = ["AsyncCall", "call_variable"]
 
 _ANSWER_WITHIN: Final = 10.0  # seconds a cancelled write has left to learn whether it committed
 

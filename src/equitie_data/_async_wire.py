@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, Error
 from psycopg.rows import Row as RowType
 
 from equitie_data._event_loop import settled
-from equitie_data.call import WriteTransaction
+from equitie_data.transaction import WriteTransaction
 from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider, _watched, is_stale
 
 if TYPE_CHECKING:

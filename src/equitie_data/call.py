@@ -21,11 +21,8 @@ from equitie_data.errors import (
     CommitOutcomeUnknown,
     ConfigurationError,
     EquitieDataError,
-    OperationEndedTransactionError,
     ReadOnlyError,
     ResultLostError,
-    SwallowedErrorError,
-    TransactionError,
     UnavailableError,
 )
 from equitie_data.hooks import CommitResolved, OperationEnded, OperationStarted, Retried, StatementEnded
@@ -37,7 +34,6 @@ from equitie_data.retry import Action, Decision, Failure, Phase, decide
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from psycopg import Connection
     from psycopg.abc import Params
 
     from equitie_data.context import Actor
@@ -47,7 +43,7 @@ if TYPE_CHECKING:
     from equitie_data.settings import Settings
     from equitie_data.wire import PrologueCarrier, StatementObserver
 
-__all__ = ["Call", "WriteTransaction", "call_variable", "check_transaction_open"]
+__all__ = ["Call", "call_variable"]
 
 _KEY_LIMIT: Final = 255  # characters
 _GRACE: Final = 2.0  # seconds a client waits beyond the server's own time limit
@@ -142,6 +138,10 @@ class Call:
         self.wanted: WalPosition | None = None
         # An explicit timeout bounds the statement as well; without a limit, neither is bounded.
         self.statement_timeout = None if timeout is None else (0.0 if math.isinf(timeout) else timeout)
+        if outer is not None and outer.statement_timeout:
+            own = settings.statement_timeout if self.statement_timeout is None else self.statement_timeout
+            left = max(outer.deadline - self.started, 0.001)
+            self.statement_timeout = min(own, left) if own else left
         self.attempt = 1
         self.phase = Phase.CHECKOUT
         self.node: Node | None = None
@@ -485,48 +485,3 @@ class Call:
                 reason="" if self.decision is None else self.decision.reason,
             )
         )
-
-
-class WriteTransaction:
-    """The write in progress, as subscribers see it; implements `context.Transaction`."""
-
-    __slots__ = ("actions", "connection", "local")
-
-    def __init__(self, connection: Connection[Any]) -> None:
-        self.connection = connection
-        self.local: dict[Any, Any] = {}
-        self.actions: list[Callable[[Connection[Any]], None]] = []
-
-    def before_commit(self, action: Callable[[Connection[Any]], None]) -> None:
-        """Run ``action`` on the same connection just before COMMIT."""
-        self.actions.append(action)
-
-
-def check_transaction_open(connection: PrologueCarrier) -> None:
-    """Make sure that an operation left its transaction as it must be: open and whole.
-
-    Raises:
-        SwallowedErrorError: A statement failed and the operation went on.
-        OperationEndedTransactionError: The operation ran COMMIT or ROLLBACK.
-        TransactionError: A statement is still running.
-        psycopg.OperationalError: The connection is gone.
-    """
-    status = connection.pgconn.transaction_status
-    if connection.pending is not None or status == TransactionStatus.INTRANS:
-        return
-    if status == TransactionStatus.INERROR:
-        raise SwallowedErrorError(
-            "The operation caught a database error and went on: the transaction was rolled back and nothing was "
-            "written; let the error out, or run the risky part in `with conn.transaction():`."
-        )
-    if status == TransactionStatus.IDLE:
-        raise OperationEndedTransactionError(
-            "The operation ran COMMIT or ROLLBACK itself: the library ends the transaction; what the operation "
-            "committed is committed."
-        )
-    if status == TransactionStatus.UNKNOWN:
-        raise psycopg.OperationalError("the connection was lost during the operation")
-    raise TransactionError(
-        "The operation returned while a statement was still running (an unfinished COPY or stream): the transaction "
-        "was rolled back; finish or close it first."
-    )

@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
-
-import attrs
+from typing import TYPE_CHECKING, Any
 
 from equitie_data._log import get_logger
 from equitie_data.audit import AuditLogger
-from equitie_data.connect import connect, target_of
-from equitie_data.errors import ConfigurationError, UnavailableError
+from equitie_data.errors import ConfigurationError
 from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
 from equitie_data.pool import ConnectionPools
 from equitie_data.settings import Settings
+from equitie_data.verify import explain_no_primary, verified
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
-    from psycopg import Connection
     from typing_extensions import Self
 
     from equitie_data.embedded import EmbeddedServer
@@ -131,22 +128,14 @@ class Database:
         """
         if self._opened:
             return self
-        # Imported here, so that `python -m equitie_data.migrate` does not find itself imported already.
-        from equitie_data.migrate import check_current  # noqa: PLC0415
-
-        with self._first_connection() as connection:
-            check_current(connection)
-            if self.settings.pooler == "auto":
-                # A pooler in between tells the client a process id of its own.
-                told = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
-                self._settle_pooler("none" if told == (connection.info.backend_pid,) else "transaction")
+        self.settings = verified(self.settings)
+        self.pool.configure(self.settings)
         self.pool.open()
         if not self.pool.primary.reachable:
             # Some node answered, and none of them takes writes.
             self.pool.shutdown()
             self._assemble()
-            connect(self.settings.dsn).close()  # raises, and says why
-            raise UnavailableError(f"{target_of(self.settings.dsn)} takes no writes, and no other node does.")
+            raise explain_no_primary(self.settings)
         self._opened = True
         if self.settings.enable_performance_monitoring:
             self.hooks.add(self.monitor)
@@ -154,32 +143,6 @@ class Database:
         if self.settings.enable_audit_logging:
             self.audit.start()
         return self
-
-    def _first_connection(self) -> Connection[Any]:
-        """Connect to the primary, or else to a replica: after a failover the writes may go there."""
-        try:
-            return self._connect_to(self.settings.dsn)
-        except UnavailableError:
-            for replica in self.settings.replicas:
-                with contextlib.suppress(UnavailableError):
-                    return self._connect_to(replica.dsn)
-            raise
-
-    def _connect_to(self, dsn: str) -> Connection[Any]:
-        try:
-            return connect(dsn, **self.settings.connection_parameters())
-        except UnavailableError as error:
-            if self.settings.pooler != "auto" or "startup parameter" not in str(error):
-                raise
-        # Only a pooler refuses start-up options; the library can do without.
-        self._settle_pooler("transaction")
-        return connect(dsn, **self.settings.connection_parameters())
-
-    def _settle_pooler(self, pooler: Literal["none", "transaction"]) -> None:
-        self.settings = attrs.evolve(self.settings, pooler=pooler)
-        if pooler == "transaction":
-            log.info("equitie_data.pooler_found", mode=pooler)
-            self.pool.configure(self.settings)
 
     def close(self, timeout: float = 5.0) -> None:
         """Write out what audit and monitor hold, and close every connection.

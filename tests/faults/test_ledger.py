@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 
-BUSY_BACKEND = f"""
+# One at work, if there is one.
+A_BACKEND = f"""
     SELECT pid
     FROM pg_stat_activity
-    WHERE usename = '{APPLICATION_ROLE}' AND (state <> 'idle' OR %s)
+    WHERE usename = '{APPLICATION_ROLE}'
     ORDER BY state = 'idle', random()
     LIMIT 1
 """
@@ -47,10 +48,6 @@ class World:
         self.proxy = proxy
         self.ledger = ledger
         self.listener = listener
-
-    def backend(self) -> int:
-        """Return the process of one of the application's connections, one at work if there is one."""
-        return int(self.ledger.ask(BUSY_BACKEND, [True])[0][0])
 
     def await_strike(self, fault: Fault) -> None:
         assert fault.struck.wait(20), "nothing came by that the fault could strike"
@@ -68,7 +65,7 @@ def world(primary: EmbeddedServer, proxy: TcpProxy, ledger: Ledger, listener: Li
 
 
 def terminate_a_backend(world: World) -> None:
-    world.ledger.ask("SELECT pg_terminate_backend(%s, 5000)", [world.backend()])
+    world.ledger.ask(f"SELECT pg_terminate_backend(pid, 5000) FROM ({A_BACKEND}) AS one")
 
 
 def cut_every_connection(world: World) -> None:
@@ -113,7 +110,9 @@ def kill_the_server(world: World) -> None:
 
 def kill_a_backend(world: World) -> None:
     """The server then ends every other backend and recovers, without a new main process."""
-    os.kill(world.backend(), signal.SIGKILL)
+    while not (found := world.ledger.ask(A_BACKEND)):
+        time.sleep(0.01)
+    os.kill(found[0][0], signal.SIGKILL)
 
 
 def fill_the_disk(world: World) -> None:
