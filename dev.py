@@ -70,7 +70,10 @@ def command_lines(command: str, arguments: list[str], python: Path) -> list[list
         chosen = [path for path in programs if path.stem in arguments] or programs
         options = [argument for argument in arguments if argument not in {path.stem for path in programs}]
         return [[str(python), str(path), *options] for path in chosen]
-    return [[*module, *(["pytest"] if command == "test" else ["equitie_data", "demo"]), *arguments]]
+    if command == "test":
+        # All of it takes minutes, most of which is waiting: workers share it out. What is picked out runs alone.
+        return [[*module, "pytest", *(arguments or ["-n", "auto", "--maxprocesses=4"])]]
+    return [[*module, "equitie_data", "demo", *arguments]]
 
 
 def squawk_lines(squawk: str) -> list[list[str]]:

@@ -1,3 +1,6 @@
+-- squawk-ignore-file renaming-table, renaming-object, ban-drop-table
+-- The old table makes way for the partitioned one of the same name, with all its rows, in one transaction.
+
 -- transactions_clean becomes a table partitioned by month; its rows, their ids and the sequence continue.
 --
 -- The rows are copied within this transaction while nobody else can write: right for the sizes the platform has (a

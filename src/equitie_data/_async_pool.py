@@ -19,10 +19,9 @@ import random
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-
 from equitie_data._log import get_logger
-from equitie_data.budget import RetryBudget
 from equitie_data._async_attempts import AsyncAttempts
+from equitie_data.budget import RetryBudget
 from equitie_data._async_call import AsyncCall
 from equitie_data.context import Actor, actor_variable
 from equitie_data.errors import NoActorError, NotOpenError

@@ -17,7 +17,7 @@ from equitie_data import Database, as_service
 from equitie_data.context import resume_session, session_token
 from equitie_data.errors import CommitOutcomeUnknown, UnavailableError
 from equitie_data.hooks import NodeEjected, NodeReadmitted, OperationEnded
-from equitie_data.provision import DATABASE
+from equitie_data.provision import APPLICATION_ROLE, DATABASE
 from equitie_data.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -311,25 +311,33 @@ def test_a_primary_that_was_left_behind_by_a_promotion_is_never_written_to_again
     assert ledger.ask(VALUE) == [(43,)]
 
 
-def test_a_commit_that_no_replica_has_is_not_acknowledged(doomed: Cluster, listener: Listener) -> None:
-    """Ending a backend that waits for a replica commits its transaction here alone, where it can still be lost."""
+@pytest.mark.parametrize("lost_by", ["a cut", "a cancel"])
+@pytest.mark.parametrize("key", [None, "key"])
+def test_a_commit_that_no_replica_has_is_not_acknowledged(doomed: Cluster, key: str | None, lost_by: str) -> None:
+    """Whatever ends the wait for a replica commits the transaction here alone, where it can still be lost."""
     ledger = Ledger(doomed.primary.dsn(DATABASE))
     doomed.await_replay()
-    transfer = Transfer(1, 1, 2, 5)
+    transfer = Transfer(1, 1, 2, 5, key=key)
     one, two = doomed.replicas
-    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query ILIKE '%%commit%%'"
+    waiting_for_one = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND usename = %s"
 
     def write(database: Database) -> None:
         with as_service("waits for a replica"):
-            transfer.make(database, timeout=6)
+            transfer.make(database, timeout=4)
 
-    with TcpProxy(doomed.app_dsn) as proxy, Database(settings(proxy.dsn), hooks=[listener]) as database:
+    with TcpProxy(doomed.app_dsn) as proxy, Database(settings(proxy.dsn)) as database:
         with frozen(one), frozen(two), ThreadPoolExecutor(1) as thread:
             writing = thread.submit(write, database)
-            wait_until(lambda: ledger.ask(waits) == [(1,)])
-            proxy.cut()
+            wait_until(lambda: ledger.ask(waiting_for_one, [APPLICATION_ROLE]))
+            if lost_by == "a cut":
+                proxy.cut()
+            else:
+                ledger.ask(f"SELECT pg_cancel_backend(pid) FROM ({waiting_for_one}) AS one", [APPLICATION_ROLE])
             with pytest.raises(CommitOutcomeUnknown):
                 writing.result(30)
+            if key is not None:  # it is here, and asking again must not make it more than that
+                with pytest.raises(CommitOutcomeUnknown):
+                    write(database)
             doomed.primary.kill()
         new = most_advanced(doomed)
         new.promote()
