@@ -1,7 +1,7 @@
+-- The indexes and foreign keys the platform's queries and deletes need, and the removal of indexes they make redundant.
+
 -- squawk-ignore-file require-concurrent-index-creation, require-concurrent-index-deletion, constraint-missing-not-valid, adding-foreign-key-constraint
 -- The tables are new and empty, or small: they are locked for milliseconds.
-
--- The indexes and foreign keys the platform's queries and deletes need, and the removal of indexes they make redundant.
 
 DROP INDEX IF EXISTS public.idx_transactions_clean_deal;
 DROP INDEX IF EXISTS public.idx_transactions_clean_investor;

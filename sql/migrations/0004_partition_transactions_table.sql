@@ -1,11 +1,11 @@
--- squawk-ignore-file renaming-table, renaming-object, ban-drop-table
--- The old table makes way for the partitioned one of the same name, with all its rows, in one transaction.
-
 -- transactions_clean becomes a table partitioned by month; its rows, their ids and the sequence continue.
 --
 -- The rows are copied within this transaction while nobody else can write: right for the sizes the platform has (a
 -- million rows take seconds). Views or foreign keys of others that depend on the table stop the migration and are named;
 -- nothing is dropped along with it.
+
+-- squawk-ignore-file renaming-table, renaming-object, ban-drop-table
+-- The old table makes way for the partitioned one of the same name, with all its rows, in one transaction.
 
 CREATE FUNCTION equitie_private.month_partition_bounds(parent regclass)
 RETURNS TABLE (partition regclass, from_key timestamptz, to_key timestamptz, is_default boolean)

@@ -1,8 +1,8 @@
--- squawk-ignore-file require-concurrent-index-creation
--- The view is made in the same transaction: nobody can be reading it yet.
-
 -- What the performance monitor keeps: counts a minute for every kind of statement, single slow or failed statements,
 -- system metrics, and alerts. Statements are stored normalised, never with their values.
+
+-- squawk-ignore-file require-concurrent-index-creation
+-- The view is made in the same transaction: nobody can be reading it yet.
 
 CREATE TABLE public.query_stats (
   minute timestamptz NOT NULL,

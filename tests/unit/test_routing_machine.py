@@ -197,12 +197,14 @@ class Routing(RuleBasedStateMachine):
         # What the library believes without a check must be true; a check finds out.
         has_it = node.replayed >= position.lsn and node.timeline >= position.timeline
         assert has_it or choice.check
-        if known:
-            turns = range(self.turn, self.turn + len(known))
-            assert {self.choose("session", turn).index for turn in turns} == known
-        if choice.check:
-            assert not known, "a replica known to have the writes goes before one that has to prove it"
-            assert node.view.may_ask
+        # Those that have to prove it take their turns too: the library would never learn that they can.
+        worth = known | {
+            index for index, view in views.items() if view.may_ask and view.health.timeline >= position.timeline
+        }
+        turns = range(self.turn, self.turn + len(worth))
+        assert {self.choose("session", turn).index for turn in turns} == worth
+        assert choice.check == (choice.index not in known)
+        assert not choice.check or node.view.may_ask
 
     @invariant()
     def a_view_is_never_ahead(self) -> None:
