@@ -63,6 +63,7 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_notice_handler(self.note_notice)
         self.cursor_factory = AsyncNodeCursor
         self.server_cursor_factory = AsyncNodeServerCursor
         self.savepoints: list[WriteTransaction] = []

@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import subprocess
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
     from equitie_data._postgres_directory import DataDirectory
 
-__all__ = ["Watchdog", "free_port", "is_free", "last_word", "run_program", "spawn_server"]
+__all__ = ["Watchdog", "becomes_free", "free_port", "is_free", "last_word", "run_program", "spawn_server"]
+
+_PORT_PATIENCE = 1.0  # seconds
 
 # Runs until its standard input gives a line (dismissed) or ends (the process that started it is gone, however).
 # $1 data directory, $2 signal for the server, $3 directory to delete afterwards or "".
@@ -176,6 +179,16 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def becomes_free(port: int) -> bool:
+    """Whether a server could listen on the port soon: within a second."""
+    deadline = time.monotonic() + _PORT_PATIENCE
+    while not is_free(port):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _process_options(directory: DataDirectory) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from equitie_data._postgres_cluster import (
     write_settings,
 )
 from equitie_data._postgres_directory import DataDirectory, make_private
-from equitie_data._postgres_process import Watchdog, free_port, is_free, last_word, run_program, spawn_server
+from equitie_data._postgres_process import Watchdog, becomes_free, free_port, last_word, run_program, spawn_server
 from equitie_data.errors import EmbeddedServerError
 
 if TYPE_CHECKING:
@@ -358,7 +358,8 @@ class EmbeddedServer:
         failure = ""
         wanted_port = self._port or directory.last_port()
         for _ in range(_PORT_ATTEMPTS):
-            port = wanted_port if wanted_port and is_free(wanted_port) else free_port()
+            # The children of a server that was killed hold its port for some milliseconds after it.
+            port = wanted_port if wanted_port and becomes_free(wanted_port) else free_port()
             with directory.create(LOG_FILE) as log:
                 self._process = spawn_server(self._bin_dir, directory, port, self.socket_dir, log)
             failure = self._await_readiness(directory, self._process)

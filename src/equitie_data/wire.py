@@ -162,6 +162,8 @@ class PrologueCarrier:
     """Whether the last error was the prologue's own."""
     opening: PGresult | None = None
     """What the last prologue returned."""
+    unreplicated = False
+    """Whether the server gave up waiting for its synchronous replicas: what it committed stands on it alone."""
     system = 0
     """The identifier of the cluster it belongs to, as far as it is known."""
     first_used_at = 0.0
@@ -198,6 +200,21 @@ class PrologueCarrier:
         results = yield from _exchange(self, opening)
         _remember(self, prologue, wanted, name, results[-2])
         self.note_opening(prologue, results[-2])
+
+    def note_notice(self, notice: errors.Diagnostic) -> None:
+        """Take a notice of the server; by its origin, because its text may be in any language."""
+        if notice.source_function == "SyncRepWaitForLSN":
+            self.unreplicated = True
+
+    def check_replicated(self) -> None:
+        """Refuse to take a commit for done that the replicas have not got.
+
+        Raises:
+            psycopg.OperationalError: They have not; whoever catches it must find out.
+        """
+        if self.unreplicated:
+            self.unreplicated = False
+            raise errors.OperationalError("the commit was not replicated")
 
     def note_opening(self, prologue: Prologue, result: PGresult) -> None:
         """Keep what a prologue returned, and refuse to go on where the replica is behind.
@@ -269,6 +286,7 @@ class PrologueCarrier:
                 "The server rolled the transaction back instead of committing it, because a statement in it had "
                 "failed: nothing was written; let the error out of the operation."
             )
+        self.check_replicated()
         if not want_position:
             return None
         return _position_of(results[-2], self.system)
@@ -372,6 +390,7 @@ class PrologueRider:
         _remember(connection, parsed, wanted, name, result)
         connection.note_opening(prologue, results[before - 1])
         self._set_results([result])  # type: ignore[attr-defined]
+        connection.check_replicated()
         if prepared._to_flush:
             yield from prepared.maintain_gen(connection)
         return _position_of(results[-2], connection.system) if want_position else None
@@ -437,6 +456,7 @@ class NodeConnection(PrologueCarrier, Connection["RowType"]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_notice_handler(self.note_notice)
         self.cursor_factory = NodeCursor
         self.server_cursor_factory = NodeServerCursor
 
