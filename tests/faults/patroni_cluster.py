@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import attrs
 
-from equitie_data._postgres_account import first_path_closed_to, unprivileged_account
+from equitie_data._postgres_account import unprivileged_account
 from equitie_data._postgres_process import free_port
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def missing_parts() -> list[str]:
         missing.append("etcd (apt-get install etcd-server)")
     if shutil.which("setpriv") is None:
         missing.append("setpriv (apt-get install util-linux)")
-    if os.geteuid() == 0 and _way_down() is None:
+    if not missing and _way_down() is None:
         missing.append("a way for root to run Python as somebody else (run the tests as an ordinary user)")
     return missing
 
@@ -59,13 +59,17 @@ def _way_down() -> dict[str, Any] | None:
     if os.geteuid() != 0:
         return {"prefix": [], "options": {}}
     account = unprivileged_account()
-    executable = Path(sys.executable).resolve()
-    if account is not None and first_path_closed_to(account, [*executable.parents, executable]) is None:
-        return {"prefix": [], "options": account.popen_options}
+    ways: list[dict[str, Any]] = [] if account is None else [{"prefix": [], "options": account.popen_options}]
     if shutil.which("unshare"):
-        probe = [*_AS_SOMEBODY_ELSE, sys.executable, "-c", "import os; assert os.getuid() == 1000"]
-        if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
-            return {"prefix": _AS_SOMEBODY_ELSE, "options": {}}
+        ways.append({"prefix": _AS_SOMEBODY_ELSE, "options": {}})
+    probe = [sys.executable, "-c", "import os, patroni; assert os.geteuid() != 0"]
+    for way in ways:
+        with suppress(OSError):  # an account that may not even run Python
+            ended = subprocess.run(
+                [*way["prefix"], *probe], check=False, capture_output=True, cwd="/", **way["options"]
+            )
+            if ended.returncode == 0:
+                return way
     return None
 
 
