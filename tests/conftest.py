@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
+from equitie_data.context import position_variable
 from equitie_data.embedded import EmbeddedServer, ServerBinaries, find_servers
 
 if TYPE_CHECKING:
@@ -143,6 +145,13 @@ def _processes_in(directory: Path) -> list[str]:
         if working_directory.is_relative_to(directory):
             found.append(f"{process.name}: {command.strip()}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_of_the_test_before() -> None:
+    """Tests share a thread and so a context: what one has written another need not see, nor log as it did."""
+    position_variable.set(())
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
