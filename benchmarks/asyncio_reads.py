@@ -18,7 +18,7 @@ import psycopg_pool
 
 from equitie_data import AsyncDatabase, Database, acting_as
 from measuring import median_ratio, print_table, save
-from read_path import QUERY, prepare
+from read_path import NEWEST, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,7 +44,7 @@ async def timed(way: Callable[[], Awaitable[Any]]) -> float:
 async def measure(dsn: str, user: str, investor: int, rounds: int) -> dict[str, list[float]]:
     """Time every way in turn."""
     claims = f'{{"sub": "{user}", "role": "authenticated"}}'
-    numbered = QUERY.replace("%s", "$1")
+    numbered = NEWEST.replace("%s", "$1")
     async with (
         AsyncDatabase(dsn) as database,
         psycopg_pool.AsyncConnectionPool(dsn, min_size=CONNECTIONS, max_size=CONNECTIONS, open=False) as pool,
@@ -52,13 +52,13 @@ async def measure(dsn: str, user: str, investor: int, rounds: int) -> dict[str, 
     ):
 
         async def ours() -> Any:
-            return await database.execute_read(QUERY, [investor])
+            return await database.execute_read(NEWEST, [investor])
 
         async def by_psycopg() -> Any:
             async with pool.connection() as conn:
                 await conn.execute("SET LOCAL ROLE authenticated")
                 await conn.execute("SELECT set_config('request.jwt.claims', %s, true)", [claims])
-                return await (await conn.execute(QUERY, [investor])).fetchall()
+                return await (await conn.execute(NEWEST, [investor])).fetchall()
 
         async def by_asyncpg() -> Any:
             async with other.acquire() as conn, conn.transaction(readonly=True):
@@ -86,7 +86,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with Database.embedded(max_size=5) as embedded:
         assert embedded.owner_dsn is not None
-        user, investor = prepare(embedded, embedded.owner_dsn)
+        user, investor, _ = prepare(embedded, embedded.owner_dsn)
         figures = asyncio.run(measure(embedded.settings.dsn, user, investor, rounds))
     print_table(f"{TASKS} tasks on {CONNECTIONS} connections, loopback", figures, PSYCOPG)
     print(f"  against asyncpg: {median_ratio(figures, OURS, ASYNCPG):.2f}")

@@ -75,11 +75,11 @@ class AsyncAttempts:
             except psycopg.Error as failure:
                 result = await self._recover(call, failure)
         except BaseException as error:
-            if self.hooks:
+            if self.hooks.active:
                 call.end(self.hooks, error)
             raise
         self._budget.earn()
-        if self.hooks:
+        if self.hooks.active:
             call.end(self.hooks, None)
         return result
 
@@ -103,8 +103,8 @@ class AsyncAttempts:
             call.connection, call.phase = connection, Phase.STATEMENT
             if call.wanted is not None and node.role == "replica" and not node.shows(call.wanted.lsn, connection):
                 call.position = call.wanted  # it must prove it, in the read's own trip
-            connection.watch = call.watch(node, connection, self._health.suspect)
-            if self.hooks:
+            connection.watch, call.suspect = call.quiet, self._health.suspect
+            if self.hooks.active:
                 connection.observer = call.start(self.hooks, node, time.monotonic() - before)
             if call.decision is not None and call.decision.unprepared:
                 connection.unprepared, connection.prepare_threshold = True, None
@@ -228,7 +228,7 @@ class AsyncAttempts:
                 raise
 
         def announce(state: tenacity.RetryCallState) -> None:
-            if self.hooks:
+            if self.hooks.active:
                 error = None if state.outcome is None else state.outcome.exception()
                 call.again(self.hooks, error, float(state.upcoming_sleep))
 

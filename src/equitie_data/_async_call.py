@@ -12,12 +12,8 @@ from equitie_data.call import Call, call_variable
 from equitie_data.retry import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from equitie_data._async_wire import AsyncNodeConnection
     from equitie_data.context import WalPosition
-    from equitie_data.nodes import Node
-    from equitie_data.wire import PrologueCarrier
 
 __all__ = ["AsyncCall", "call_variable"]
 
@@ -27,15 +23,11 @@ _ANSWER_WITHIN: Final = 10.0  # seconds a cancelled write has left to learn whet
 class AsyncCall(Call):
     """What was asked for, and whether somebody has given up waiting for it."""
 
-    __slots__ = ("alone_on", "cancelled", "cancelling", "seen")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.alone_on: AsyncNodeConnection[Any] | None = None
-        """Where a statement and its commit are under way in one trip."""
-        self.cancelled = False
-        self.cancelling: asyncio.Task[None] | None = None
-        self.seen: WalPosition | None = None
+    alone_on: AsyncNodeConnection[Any] | None = None
+    """Where a statement and its commit are under way in one trip."""
+    cancelled = False
+    cancelling: asyncio.Task[None] | None = None
+    seen: WalPosition | None = None
 
     def must_be_answered(self) -> bool:
         """Whether a COMMIT may have been sent of which nobody knows yet what became."""
@@ -49,19 +41,16 @@ class AsyncCall(Call):
             # The server may still be at the statement. Either it lets itself be stopped, or it has committed.
             self.cancelling = asyncio.ensure_future(self.alone_on.give_up())
 
-    def watch(
-        self, node: Node, connection: PrologueCarrier, suspect: Callable[[Node], None]
-    ) -> Callable[[float], None]:
-        """Return what is called while the server is silent; it raises when waiting has become pointless."""
-        quiet = super().watch(node, connection, suspect)
+    def quiet(self, seconds: float) -> None:
+        """Hear that the server has been silent for so long.
 
-        def watch(seconds: float) -> None:
-            if self.cancelled and time.monotonic() > self.deadline:
-                connection.pgconn.finish()
-                raise psycopg.OperationalError("the server did not answer in the time a cancelled call has")
-            quiet(seconds)
-
-        return watch
+        Raises:
+            psycopg.OperationalError: Waiting has become pointless.
+        """
+        if self.cancelled and time.monotonic() > self.deadline and self.connection is not None:
+            self.connection.pgconn.finish()
+            raise psycopg.OperationalError("the server did not answer in the time a cancelled call has")
+        super().quiet(seconds)
 
     def note_position(self, position: WalPosition | None) -> None:
         """Have this context's reads see the write, and remember it for the context the call was made in."""

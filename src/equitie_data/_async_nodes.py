@@ -27,8 +27,9 @@ from psycopg_pool import AsyncConnectionPool
 from equitie_data.connect import connect, explain_connection_failure, target_of
 from equitie_data.context import WalPosition
 from equitie_data.errors import CheckoutTimeoutError, NotOpenError, UnavailableError
+from equitie_data.exchange import is_stale
 from equitie_data.routing import NodeReport, ReplicaHealth, ReplicaView
-from equitie_data._async_wire import AsyncNodeConnection, is_stale
+from equitie_data._async_wire import AsyncNodeConnection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -202,9 +203,11 @@ class AsyncNode(TidiedFromThread):
                 await self._drop(connection)
                 raise UnavailableError(f"The primary {self.name} has become a standby: another node takes the writes.")
             else:
+                now = time.monotonic()
                 connection.system = self.system
-                connection.first_used_at = connection.first_used_at or time.monotonic()
-                self._holders[connection] = TaskHolder(time.monotonic(), name)
+                if not connection.first_used_at:
+                    connection.first_used_at = now
+                self._holders[connection] = TaskHolder(now, name)
                 self._checkouts += 1
                 return connection
         raise UnavailableError(f"The {self.role} {self.name} closes every connection at once: see its log.")
@@ -213,7 +216,8 @@ class AsyncNode(TidiedFromThread):
         """Give a connection back; one that is not idle is closed and replaced."""
         del self._holders[connection]
         connection.observer = connection.watch = connection.pending = connection.opening = None
-        connection.behind = False
+        if connection.behind:
+            connection.behind = False
         if connection.unprepared:
             connection.unprepared, connection.prepare_threshold = False, self._prepare_after
         if not connection.commit_sent and connection.pgconn.transaction_status != TransactionStatus.IDLE:
@@ -294,7 +298,7 @@ class AsyncNode(TidiedFromThread):
                 await connection.wait(connection.drain_gen())
             except psycopg.Error:
                 return False
-        return not is_stale(connection.pgconn)
+        return not is_stale(connection)
 
     def _is_standby(self, connection: AsyncNodeConnection[Any]) -> bool:
         """Whether the primary came back as a standby; the server reports it by itself, at no cost.

@@ -10,8 +10,9 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, Error
 from psycopg.rows import Row as RowType
 
 from equitie_data._event_loop import settled
+from equitie_data.exchange import watched
 from equitie_data.transaction import WriteTransaction
-from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider, _watched, is_stale
+from equitie_data.wire import NodeConnection, PrologueCarrier, PrologueRider
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncCopy, AsyncPipeline, AsyncTransaction, Connection
     from psycopg.abc import PQGen
 
-__all__ = ["AsyncNodeConnection", "AsyncNodeCursor", "blocking_view", "is_stale"]
+__all__ = ["AsyncNodeConnection", "AsyncNodeCursor", "blocking_view"]
 
 
 _GIVE_UP_WITHIN = 5.0  # seconds
@@ -71,7 +72,7 @@ class AsyncNodeConnection(PrologueCarrier, AsyncConnection[RowType]):
 
     async def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
         """Drive a generator, under the eye of `watch`."""
-        return await super().wait(gen if self.watch is None else _watched(gen, self.watch), *args, **kwargs)
+        return await super().wait(gen if self.watch is None else watched(gen, self.watch), *args, **kwargs)
 
     def _start_query(self) -> PQGen[None]:
         yield from self.send_prologue_gen()

@@ -56,35 +56,24 @@ call_variable: ContextVar[Call | None] = ContextVar("equitie_data.call", default
 class Call:
     """What was asked for, how far the current attempt has come, and what its failure means."""
 
-    __slots__ = (
-        "actor",
-        "attempt",
-        "backend_pid",
-        "claim",
-        "committed",
-        "connection",
-        "consistency",
-        "deadline",
-        "decision",
-        "evidence",
-        "idempotency_key",
-        "in_doubt",
-        "kind",
-        "name",
-        "node",
-        "operation",
-        "params",
-        "phase",
-        "position",
-        "result",
-        "retry",
-        "row_factory",
-        "settings",
-        "started",
-        "statement_timeout",
-        "use_primary",
-        "wanted",
-    )
+    # What most calls never change is set on the class: a call is made for every statement.
+    attempt = 1
+    backend_pid: int | None = None
+    claim: IdempotencyClaim | None = None
+    committed = False
+    connection: PrologueCarrier | None = None
+    decision: Decision | None = None
+    evidence: Evidence | None = None
+    in_doubt = False
+    node: Node | None = None
+    phase = Phase.CHECKOUT
+    position: WalPosition | None = None
+    result: Any = None
+    suspect: Callable[[Node], None] | None = None
+    """Whom to tell of a replica that is silent."""
+    suspected = False
+    use_primary = False
+    wanted: WalPosition | None = None
 
     def __init__(
         self,
@@ -128,30 +117,16 @@ class Call:
             # A call inside an operation has no more time than the operation.
             self.deadline = min(self.deadline, outer.deadline)
         self.idempotency_key = idempotency_key
-        self.claim: IdempotencyClaim | None = None
-        self.evidence: Evidence | None = None
-        self.in_doubt = False
-        self.committed = False
-        self.backend_pid: int | None = None
-        self.result: Any = None
-        self.position: WalPosition | None = None
-        self.wanted: WalPosition | None = None
         # An explicit timeout bounds the statement as well; without a limit, neither is bounded.
         self.statement_timeout = None if timeout is None else (0.0 if math.isinf(timeout) else timeout)
         if outer is not None and outer.statement_timeout:
             own = settings.statement_timeout if self.statement_timeout is None else self.statement_timeout
             left = max(outer.deadline - self.started, 0.001)
             self.statement_timeout = min(own, left) if own else left
-        self.attempt = 1
-        self.phase = Phase.CHECKOUT
-        self.node: Node | None = None
-        self.connection: PrologueCarrier | None = None
-        self.decision: Decision | None = None
-        self.use_primary = False
 
     def begin_attempt(self) -> None:
         """Forget what the attempt before had reached."""
-        self.phase = Phase.CHECKOUT
+        self.phase, self.suspected = Phase.CHECKOUT, False
         self.connection = self.evidence = self.backend_pid = self.position = self.wanted = None
 
     # --- the transaction ------------------------------------------------------------------------------------------
@@ -267,29 +242,26 @@ class Call:
         """Return the place in a cluster's log up to which this read must see everything."""
         return position_in(system) if self.consistency == "session" else None
 
-    def watch(
-        self, node: Node, connection: PrologueCarrier, suspect: Callable[[Node], None]
-    ) -> Callable[[float], None]:
-        """Return what is called while the server is silent; it raises when waiting has become pointless."""
+    def quiet(self, seconds: float) -> None:
+        """Hear that the server has been silent for so long.
+
+        Raises:
+            psycopg.OperationalError: Waiting has become pointless.
+        """
+        node, connection = self.node, self.connection
+        assert node is not None  # noqa: S101 - an attempt that waits has both
+        assert connection is not None  # noqa: S101
+        if node.role == "replica" and seconds > _SUSPICIOUS_AFTER:
+            if node.health.ejected:
+                connection.pgconn.finish()  # whatever it may still say is not for the next borrower
+                raise psycopg.OperationalError("the replica stopped answering")
+            if not self.suspected and self.suspect is not None:
+                self.suspected = True
+                self.suspect(node)
         timeout = self.settings.statement_timeout if self.statement_timeout is None else self.statement_timeout
-        limit = timeout + _GRACE if timeout else math.inf
-        on_replica = node.role == "replica"
-        suspected = False
-
-        def quiet(seconds: float) -> None:
-            nonlocal suspected
-            if on_replica and seconds > _SUSPICIOUS_AFTER:
-                if node.health.ejected:
-                    connection.pgconn.finish()  # whatever it may still say is not for the next borrower
-                    raise psycopg.OperationalError("the replica stopped answering")
-                if not suspected:
-                    suspected = True
-                    suspect(node)
-            if seconds > limit:
-                connection.pgconn.finish()
-                raise psycopg.OperationalError("the server stopped answering")
-
-        return quiet
+        if timeout and seconds > timeout + _GRACE:
+            connection.pgconn.finish()
+            raise psycopg.OperationalError("the server stopped answering")
 
     # --- verdicts -------------------------------------------------------------------------------------------------
 
@@ -451,7 +423,7 @@ class Call:
 
     def resolved(self, hooks: Hooks, outcome: Literal["committed", "aborted", "unknown"], seconds: float) -> None:
         """Announce what became of a commit."""
-        if hooks:
+        if hooks.active:
             node = "" if self.node is None else self.node.name
             hooks.emit(CommitResolved(name=self.name, node=node, outcome=outcome, seconds=seconds))
 

@@ -236,9 +236,14 @@ class Hook(Protocol):
 
 
 class Hooks:
-    """The subscribers of one database. Falsy while there are none, so that the quiet path builds no event."""
+    """The subscribers of one database.
 
-    __slots__ = ("_by_type", "_hooks", "errors")
+    Attributes:
+        active: Whether there are any; without one the quiet path builds no event.
+        errors: How often a subscriber raised.
+    """
+
+    __slots__ = ("_by_type", "_hooks", "active", "errors")
 
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
         self.errors = 0
@@ -246,13 +251,11 @@ class Hooks:
 
     def _set(self, hooks: tuple[Hook, ...]) -> None:
         self._hooks = hooks
+        self.active = bool(hooks)
         self._by_type = {
             kind: tuple(hook for hook in hooks if kind in getattr(hook, "event_types", _EVENT_TYPES))
             for kind in _EVENT_TYPES
         }
-
-    def __bool__(self) -> bool:
-        return bool(self._hooks)
 
     def add(self, hook: Hook) -> None:
         """Subscribe."""

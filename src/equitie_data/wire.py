@@ -4,23 +4,24 @@ psycopg's own pipeline mode would do it, for about 100 us of client time a call;
 from inside a cursor costs 3 us (measured; see docs/explanation/round-trips.md). The generators here do no I/O
 themselves: psycopg drives them, blocking or awaiting, so one source serves its blocking and its asyncio classes.
 
-This is the one module that relies on psycopg's internals, which is why the project pins psycopg's minor version.
+With `exchange` the only module that relies on psycopg's internals, which is why the project pins psycopg's minor
+version.
 """
 
 from __future__ import annotations
 
 import select
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from psycopg import Connection, Cursor, ServerCursor, errors, generators, pq
-from psycopg._preparing import Prepare
+from psycopg import Connection, Cursor, ServerCursor, errors, generators, pq, waiting
 from psycopg.adapt import Transformer
 
 from equitie_data.commit import Incarnation
 from equitie_data.context import WalPosition
 from equitie_data.errors import OperationEndedTransactionError, SwallowedErrorError
+from equitie_data.exchange import exchange, is_script, position_of, remember_prepared, send_statement, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
     from equitie_data.prologue import Prologue
 
-__all__ = ["NodeConnection", "NodeCursor", "StatementObserver", "is_stale"]
+__all__ = ["NodeConnection", "NodeCursor", "StatementObserver"]
 
-_SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
-_FATAL: Final = pq.ExecStatus.FATAL_ERROR
-_BAD: Final = pq.ConnStatus.BAD
+_ACTIVE: Final = pq.TransactionStatus.ACTIVE
+_FOR_NEWS: Final = waiting.Wait.R
+_NEWS: Final = waiting.Ready.R
+_FIRST_WAIT: Final = 100  # milliseconds; as long as each of psycopg's
 
 _INCARNATION: Final = (b"system_identifier", b"timeline", b"started_at", b"statistics_reset_at")
 _STORE: Final = b"SELECT equitie_private.store_idempotent_result($1, $2)"
@@ -51,100 +53,6 @@ class StatementObserver(Protocol):
 
     def __call__(self, sql: str, seconds: float, rows: int | None, error: BaseException | None) -> None:
         """Take the statement's text, its duration, its row count and its error."""
-
-
-def is_stale(pgconn: PGconn) -> bool:
-    """Return whether the server has closed an idle connection, without a round trip.
-
-    A FIN or a pending FATAL makes the socket readable. One read may take the FATAL's text alone and still report
-    a good connection, so it goes on until nothing is left.
-    """
-    if pgconn.status == _BAD:
-        return True
-    poll = select.poll()
-    poll.register(pgconn.socket, select.POLLIN)
-    while poll.poll(0):
-        try:
-            pgconn.consume_input()
-            pgconn.is_busy()  # lets libpq digest what was read: a NOTIFY or a notice is no reason to drop it
-        except errors.OperationalError:
-            return True
-        if pgconn.status == _BAD:
-            return True
-    return False
-
-
-def _send(connection: PrologueCarrier, query: Prologue | PostgresQuery, wanted: Prepare, name: bytes) -> int:
-    """Queue one statement on a libpq pipeline and return how many results it will give."""
-    pgconn = connection.pgconn
-    if wanted is Prepare.NO:
-        pgconn.send_query_params(query.query, query.params, param_types=query.types, param_formats=query.formats)
-        return 1
-    if wanted is Prepare.SHOULD:
-        pgconn.send_prepare(name, query.query, param_types=query.types)
-    pgconn.send_query_prepared(name, query.params, param_formats=query.formats)
-    return 2 if wanted is Prepare.SHOULD else 1
-
-
-def _remember(connection: PrologueCarrier, query: Any, wanted: Prepare, name: bytes, result: PGresult) -> None:
-    """Tell psycopg's cache of prepared statements, once it is certain that the server has this one."""
-    prepared = connection._prepared
-    key = prepared.maybe_add_to_cache(query, wanted, name)
-    if key is not None:
-        prepared.validate(key, wanted, name, [result])
-
-
-def _exchange(connection: PrologueCarrier, opening: int, *, syncs: int = 1) -> PQGen[list[PGresult]]:
-    """Flush a libpq pipeline, return every result up to its last sync, and leave pipeline mode.
-
-    The first ``opening`` results are the prologue's; an error among them is marked as such.
-    """
-    pgconn = connection.pgconn
-    connection.prologue_failed = False
-    pgconn.pipeline_sync()
-    yield from generators.send(pgconn)
-    results: list[PGresult] = []
-    while syncs:
-        for result in (yield from generators.fetch_many(pgconn)):
-            syncs -= result.status == _SYNC
-            results.append(result)
-    pgconn.exit_pipeline_mode()
-    for place, result in enumerate(results):
-        if result.status == _FATAL:
-            connection.prologue_failed = place < opening
-            raise errors.error_from_result(result, encoding=pgconn._encoding)
-    return results
-
-
-def _is_script(query: PostgresQuery) -> bool:
-    """Whether the text may hold several statements, which only the simple protocol takes."""
-    return not query.params and b";" in query.query.rstrip(b"; \t\r\n")
-
-
-def _position_of(result: PGresult, system: int) -> WalPosition | None:
-    file, lsn = result.get_value(0, 0), result.get_value(0, 1)
-    if file is None or lsn is None:
-        return None
-    # The first eight hexadecimal digits of a segment's name are its timeline (PostgreSQL, "WAL Internals").
-    return WalPosition(int(file[:8], 16), WalPosition.parse_lsn(lsn.decode()), system)
-
-
-def _watched(generator: PQGen[Any], watch: Callable[[float], None]) -> PQGen[Any]:
-    """Drive a generator, telling ``watch`` whenever psycopg's wait ran out without news from the server."""
-    quiet_since: float | None = None
-    try:
-        wanted = next(generator)
-        while True:
-            ready = yield wanted
-            if ready:
-                quiet_since = None
-            else:
-                now = time.monotonic()
-                quiet_since = quiet_since or now
-                watch(now - quiet_since)
-            wanted = generator.send(ready)
-    except StopIteration as stop:
-        return stop.value
 
 
 class PrologueCarrier:
@@ -182,6 +90,15 @@ class PrologueCarrier:
     """Whether this attempt must use no prepared statement."""
     in_operation = False
     """Whether an operation is running, which must leave the transaction to the library."""
+    readable: Callable[[int], list[Any]] | None = None
+    """Waits so many milliseconds for news from the server; made once, because making it costs as much as using it."""
+
+    def open_eye(self) -> Callable[[int], list[Any]]:
+        """Make `readable`."""
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        self.readable = poll.poll
+        return poll.poll
 
     @property
     def begun(self) -> bool:
@@ -196,9 +113,9 @@ class PrologueCarrier:
         self.pgconn.enter_pipeline_mode()
         self.pgconn.send_query_params(prologue.begin, None)
         wanted, name = self._prepared.get(prologue, prepare=True)
-        opening = 1 + _send(self, prologue, wanted, name)
-        results = yield from _exchange(self, opening)
-        _remember(self, prologue, wanted, name, results[-2])
+        opening = 1 + send_statement(self, prologue, wanted, name)
+        results = yield from exchange(self, opening)
+        remember_prepared(self, prologue, wanted, name, results[-2])
         self.note_opening(prologue, results[-2])
 
     def note_notice(self, notice: errors.Diagnostic) -> None:
@@ -279,7 +196,7 @@ class PrologueCarrier:
         pgconn.send_query_params(b"COMMIT", None)
         if want_position:
             pgconn.send_query_params(_POSITION, None)
-        results = yield from _exchange(self, 0)
+        results = yield from exchange(self, 0)
         commit = results[0 if keep is None else 1]
         if commit.command_status != b"COMMIT":
             raise SwallowedErrorError(
@@ -289,7 +206,7 @@ class PrologueCarrier:
         self.check_replicated()
         if not want_position:
             return None
-        return _position_of(results[-2], self.system)
+        return position_of(results[-2], self.system)
 
     def command_gen(self, command: bytes) -> PQGen[Any]:
         """Run a command that takes no parameters and returns no rows."""
@@ -330,14 +247,20 @@ class PrologueRider:
         self, query: Query, params: Params | None, prepare: bool | None, binary: bool | None
     ) -> PQGen[None]:
         connection = self._conn
-        with self.observed():
+        started = time.perf_counter()  # not `observed()`: the context would cost as much as all the rest of this
+        try:
             if connection.pending is not None and not connection._pipeline and not binary:
                 parsed = self._parse(query, params)
-                if not _is_script(parsed):
+                if not is_script(parsed):
                     prologue, connection.pending = connection.pending, None
                     yield from self._execute_after_gen(prologue, parsed, begin=True, prepare=prepare)
+                    self._report(started)
                     return
             yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)  # type: ignore[misc]
+        except BaseException as error:
+            self._report(started, error)
+            raise
+        self._report(started)
 
     def execute_alone_gen(
         self, prologue: Prologue, query: Query, params: Params | None, *, want_position: bool = False
@@ -347,13 +270,17 @@ class PrologueRider:
         Everything up to the sync is one implicit transaction: it commits with the statement, and an error leaves
         nothing open (PostgreSQL, "Pipelining" in the protocol's chapter on message flow).
         """
-        with self.observed():
+        started = time.perf_counter()
+        try:
             parsed = self._parse(query, params)
-            return (
-                yield from self._execute_after_gen(
-                    prologue, parsed, begin=False, prepare=None, want_position=want_position
-                )
+            position = yield from self._execute_after_gen(
+                prologue, parsed, begin=False, prepare=None, want_position=want_position
             )
+        except BaseException as error:
+            self._report(started, error)
+            raise
+        self._report(started)
+        return position
 
     def _parse(self, query: Query, params: Params | None) -> PostgresQuery:
         self._reset()  # type: ignore[attr-defined]
@@ -376,24 +303,24 @@ class PrologueRider:
         if begin:
             pgconn.send_query_params(prologue.begin, None)
         opening, opening_name = prepared.get(prologue, prepare=True)
-        before = begin + _send(connection, prologue, opening, opening_name)
+        before = begin + send_statement(connection, prologue, opening, opening_name)
         wanted, name = prepared.get(parsed, prepare)
-        here = before + _send(connection, parsed, wanted, name)
+        here = before + send_statement(connection, parsed, wanted, name)
         if want_position:
             # After a sync of its own: what it returns must not be older than the commit.
             pgconn.pipeline_sync()
             pgconn.send_query_params(_POSITION, None)
-        results = yield from _exchange(connection, before, syncs=1 + want_position)
+        results = yield from exchange(connection, before, syncs=1 + want_position)
         result = results[here - 1]
         self._check_results([result])  # type: ignore[attr-defined]
-        _remember(connection, prologue, opening, opening_name, results[before - 1])
-        _remember(connection, parsed, wanted, name, result)
+        remember_prepared(connection, prologue, opening, opening_name, results[before - 1])
+        remember_prepared(connection, parsed, wanted, name, result)
         connection.note_opening(prologue, results[before - 1])
         self._set_results([result])  # type: ignore[attr-defined]
         connection.check_replicated()
         if prepared._to_flush:
             yield from prepared.maintain_gen(connection)
-        return _position_of(results[-2], connection.system) if want_position else None
+        return position_of(results[-2], connection.system) if want_position else None
 
     @contextmanager
     def observed(self, count_rows: Callable[[], int] | None = None) -> Iterator[None]:
@@ -402,18 +329,22 @@ class PrologueRider:
         Args:
             count_rows: Says how many rows it had, where the cursor does not know.
         """
-        observer: StatementObserver | None = self._conn.observer
-        if observer is None:
-            yield
-            return
         started = time.perf_counter()
         try:
             yield
         except BaseException as error:
-            observer(self._statement(), time.perf_counter() - started, None, error)
+            self._report(started, error)
             raise
-        rows = max(self.rowcount, 0) if count_rows is None else count_rows()
-        observer(self._statement(), time.perf_counter() - started, rows, None)
+        self._report(started, count_rows=count_rows)
+
+    def _report(
+        self, started: float, error: BaseException | None = None, count_rows: Callable[[], int] | None = None
+    ) -> None:
+        observer: StatementObserver | None = self._conn.observer
+        if observer is None:
+            return
+        rows = None if error is not None else max(self.rowcount, 0) if count_rows is None else count_rows()
+        observer(self._statement(), time.perf_counter() - started, rows, error)
 
     def _statement(self) -> str:
         return "" if self._query is None else bytes(self._query.query).decode("utf-8", "replace")
@@ -461,8 +392,27 @@ class NodeConnection(PrologueCarrier, Connection["RowType"]):
         self.server_cursor_factory = NodeServerCursor
 
     def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
-        """Drive a generator, under the eye of `watch`."""
-        return super().wait(gen if self.watch is None else _watched(gen, self.watch), *args, **kwargs)
+        """Drive a generator, under the eye of `watch`.
+
+        Nearly every answer comes within the first wait, so that one is made here, for half of what psycopg's wait
+        costs with a generator of ours in between.
+        """
+        watch = self.watch
+        if watch is None:
+            return super().wait(gen, *args, **kwargs)
+        try:
+            wanted = next(gen)
+            if wanted == _FOR_NEWS and (self.readable or self.open_eye())(_FIRST_WAIT):
+                wanted = gen.send(_NEWS)
+        except StopIteration as stop:
+            return stop.value
+        except KeyboardInterrupt:
+            if self.pgconn.transaction_status == _ACTIVE:
+                self._try_cancel(timeout=5.0)
+                with suppress(errors.QueryCanceled):
+                    super().wait(watched(gen, watch, _FOR_NEWS))
+            raise
+        return super().wait(watched(gen, watch, wanted), *args, **kwargs)
 
     def _start_query(self) -> PQGen[None]:
         yield from self.send_prologue_gen()

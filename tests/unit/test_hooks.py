@@ -27,14 +27,14 @@ def test_an_error_of_a_hook_is_counted_and_the_others_still_hear() -> None:
     assert isinstance(listener, Hook)
 
 
-def test_no_hooks_are_falsy_and_can_come_and_go() -> None:
+def test_hooks_come_and_go() -> None:
     hooks, listener = Hooks(), Listener()
-    assert not hooks
+    assert not hooks.active
     hooks.add(listener)
-    assert hooks
+    assert hooks.active
     hooks.remove(listener)
     hooks.remove(listener)
-    assert not hooks
+    assert not hooks.active
 
 
 def test_a_hook_hears_of_the_events_it_names_alone() -> None:
