@@ -76,12 +76,10 @@ class ReadChoice:
 
     Attributes:
         index: Of the replica; ``None`` for the primary.
-        check: Whether the replica is not known to have replayed the session's writes, and has to be asked.
         degraded: Whether the primary stands in because no replica is fit.
     """
 
     index: int | None
-    check: bool = False
     degraded: bool = False
 
 
@@ -95,6 +93,8 @@ def choose_replica(
     max_lag_bytes: int,
 ) -> ReadChoice:
     """Choose the node of a read: round robin over the fit replicas, this region's first.
+
+    A replica that is not known to have replayed what the session must see may be chosen too: it has to prove it.
 
     Args:
         consistency: What the caller asked for.
@@ -125,8 +125,7 @@ def choose_replica(
     worth = [index for index in candidates if index in caught_up or replicas[index].may_ask]
     if not worth:
         return ReadChoice(None)
-    chosen = worth[turn % len(worth)]
-    return ReadChoice(chosen, check=chosen not in caught_up)
+    return ReadChoice(worth[turn % len(worth)])
 
 
 @attrs.frozen

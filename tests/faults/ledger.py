@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from psycopg import Connection
+    from tests.faults.tasks import InTasks
     from typing_extensions import Self
 
     from equitie_data import Database
@@ -99,7 +100,7 @@ class Transfer:
     told: Told = "refused"
     reason: str = "never tried"
 
-    def make(self, database: Database, *, timeout: float, retry: bool = True) -> int:
+    def make(self, database: Database | InTasks, *, timeout: float, retry: bool = True) -> int:
         """Run it, note what was said, and return the session's counter after it."""
         self.told, self.reason = "unknown", "still running"
         try:
@@ -206,14 +207,14 @@ class Load:
 
     Args:
         ledger: The books.
-        database: Where the application writes.
+        database: Where the application writes, blocking or in tasks.
         keys: Whether half of the transfers bear an idempotency key.
         timeout: Seconds for each call.
         seed: Which transfers are made.
     """
 
     def __init__(
-        self, ledger: Ledger, database: Database, *, keys: bool = True, timeout: float = 20.0, seed: int = 0
+        self, ledger: Ledger, database: Database | InTasks, *, keys: bool = True, timeout: float = 20.0, seed: int = 0
     ) -> None:
         self.transfers: list[Transfer] = []
         self.failed_reads = 0

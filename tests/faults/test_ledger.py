@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.faults.application import crash_and_recover, settings
 from tests.faults.ledger import Discrepancies, Load
+from tests.faults.tasks import InTasks
 
 from equitie_data import Database
 from equitie_data.hooks import CommitResolved, Retried
@@ -179,6 +180,20 @@ def test_a_keyed_transfer_is_there_exactly_once_whatever_happens(world: World, l
     keyed = [transfer for transfer in load.transfers if transfer.key is not None]
     assert keyed
     assert {transfer.told for transfer in keyed} == {"acknowledged"}
+
+
+def test_the_books_balance_under_tasks(world: World, ledger: Ledger, proxy: TcpProxy, listener: Listener) -> None:
+    """Every fault in turn, while the sessions' calls are tasks of one event loop."""
+    with InTasks(settings(proxy.dsn), listener) as database, Load(ledger, database) as load:
+        for strike, times, _ in FAULTS:
+            for _ in range(min(times, 5)):
+                load.await_acknowledged(10)
+                strike(world)
+        load.await_acknowledged(20)
+    assert load.compare() == Discrepancies()
+    assert {transfer.told for transfer in load.transfers} <= {"acknowledged", "refused", "unknown"}
+    assert {transfer.reason.split(":")[0] for transfer in load.told("refused")} <= {"DiskFull"}
+    assert world.listener.of(CommitResolved)
 
 
 def test_the_books_tell_a_lost_and_a_doubled_transfer(ledger: Ledger, application: Database, service: None) -> None:
