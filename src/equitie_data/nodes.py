@@ -282,7 +282,8 @@ class Node:
                 return self._rested.pop()[0]
             # From here on whoever gives a connection back gives it to the pool, which serves those who wait in turn.
             self._waiting += 1
-            crowded = self._waiting > 1
+            # Asking the pool for its size costs more than a checkout; where every place is taken there is no need to.
+            crowded = self._waiting > 1 and len(self._holders) < self._settings.max_size
         try:
             if crowded:
                 self._grow()
