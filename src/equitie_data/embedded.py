@@ -26,15 +26,15 @@ from urllib.parse import quote
 import psycopg
 
 from equitie_data._log import get_logger
-from equitie_data._postgres_account import Account, first_path_closed_to, unprivileged_account
-from equitie_data._postgres_binaries import (
+from equitie_data._postgres.account import Account, first_path_closed_to, unprivileged_account
+from equitie_data._postgres.binaries import (
     ServerBinaries,
     copy_installation,
     find_server,
     find_servers,
     server_binaries,
 )
-from equitie_data._postgres_cluster import (
+from equitie_data._postgres.cluster import (
     LOG_FILE,
     copy_cluster,
     create_cluster,
@@ -43,8 +43,8 @@ from equitie_data._postgres_cluster import (
     settings_text,
     write_settings,
 )
-from equitie_data._postgres_directory import DataDirectory, make_private
-from equitie_data._postgres_process import Watchdog, becomes_free, free_port, last_word, run_program, spawn_server
+from equitie_data._postgres.directory import DataDirectory, make_private
+from equitie_data._postgres.process import Watchdog, becomes_free, free_port, last_word, run_program, spawn_server
 from equitie_data.errors import EmbeddedServerError
 
 if TYPE_CHECKING:

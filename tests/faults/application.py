@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from equitie_data import Settings
-from equitie_data._postgres_process import is_free
+from equitie_data._postgres.process import is_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 import attrs
 
-from equitie_data._postgres_account import unprivileged_account
-from equitie_data._postgres_process import free_port
+from equitie_data._postgres.account import unprivileged_account
+from equitie_data._postgres.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

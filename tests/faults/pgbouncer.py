@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from equitie_data._postgres_account import unprivileged_account
-from equitie_data._postgres_process import free_port
+from equitie_data._postgres.account import unprivileged_account
+from equitie_data._postgres.process import free_port
 
 if TYPE_CHECKING:
     from types import TracebackType

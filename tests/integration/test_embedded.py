@@ -23,8 +23,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equitie_data import embedded
-from equitie_data._postgres_account import first_path_closed_to, unprivileged_account
-from equitie_data._postgres_process import free_port
+from equitie_data._postgres.account import first_path_closed_to, unprivileged_account
+from equitie_data._postgres.process import free_port
 from equitie_data.embedded import EmbeddedServer, find_server, find_servers
 from equitie_data.errors import EmbeddedServerError
 

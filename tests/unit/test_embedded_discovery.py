@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from equitie_data._postgres_binaries import ServerBinaries, find_server, find_servers, server_binaries
+from equitie_data._postgres.binaries import ServerBinaries, find_server, find_servers, server_binaries
 from equitie_data.errors import EmbeddedServerError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equitie_data._postgres_process import last_word
+from equitie_data._postgres.process import last_word
 
 STAMP = "2026-11-22 17:14:04.123 UTC [4711] "
 

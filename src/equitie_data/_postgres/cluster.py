@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from psycopg.conninfo import conninfo_to_dict
 
-from equitie_data._postgres_binaries import find_servers
-from equitie_data._postgres_process import run_program
+from equitie_data._postgres.binaries import find_servers
+from equitie_data._postgres.process import run_program
 from equitie_data.errors import EmbeddedServerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from equitie_data._postgres_directory import DataDirectory
+    from equitie_data._postgres.directory import DataDirectory
 
 __all__ = ["LOG_FILE", "copy_cluster", "create_cluster", "in_use", "open_cluster", "settings_text", "write_settings"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import IO
 
-    from equitie_data._postgres_directory import DataDirectory
+    from equitie_data._postgres.directory import DataDirectory
 
 __all__ = ["Watchdog", "becomes_free", "free_port", "is_free", "last_word", "run_program", "spawn_server"]
 

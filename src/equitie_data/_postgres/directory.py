@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equitie_data._postgres_account import Account, first_path_closed_to
+from equitie_data._postgres.account import Account, first_path_closed_to
 from equitie_data.errors import EmbeddedServerError
 
 if TYPE_CHECKING:

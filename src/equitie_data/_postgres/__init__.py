@@ -1,0 +1,1 @@
+"""What `embedded` drives: the binaries, the account, the data directory, the cluster in it and its process."""
