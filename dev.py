@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,6 +54,19 @@ SQUAWK_EXCLUDED = [
     "ban-char-field",  # ISO 4217 currency codes have three letters, always
 ]
 
+# What breaks code that is still running, and so what the half after the deployment is for; what takes a migration back
+# does nothing else.
+SQUAWK_ALLOWED_AFTERWARDS = [
+    "ban-drop-column",
+    "ban-drop-constraint",
+    "ban-drop-function",
+    "ban-drop-not-null",
+    "ban-drop-table",
+    "ban-drop-view",
+    "renaming-column",
+    "renaming-table",
+]
+
 
 def command_lines(command: str, arguments: list[str], python: Path) -> list[list[str]]:
     """What `command` runs, one program after the other."""
@@ -77,15 +91,16 @@ def command_lines(command: str, arguments: list[str], python: Path) -> list[list
 
 
 def squawk_lines(squawk: str) -> list[list[str]]:
-    """Check the migrations as the runner runs them: in a transaction, unless the file says otherwise."""
-    paths: dict[str, list[str]] = {"--assume-in-transaction": [], "--no-assume-in-transaction": []}
+    """Check the migrations as the runner runs them: in a transaction or not, before the deployment or after it."""
+    groups: dict[tuple[str, ...], list[str]] = {}
     for path in sorted(ROOT.glob("sql/migrations/*.sql")):
-        by_itself = "-- equitie: transaction=false" in path.read_text("utf-8")
-        paths["--no-assume-in-transaction" if by_itself else "--assume-in-transaction"].append(
-            str(path.relative_to(ROOT))
-        )
-    common = [squawk, "--pg-version", "15", "--exclude", ",".join(SQUAWK_EXCLUDED)]
-    return [[*common, transaction, *group] for transaction, group in paths.items() if group]
+        header = re.search(r"^--\s*equitie:(.*)$", path.read_text("utf-8"), re.MULTILINE)
+        options = re.split(r"[;\s]+", header[1]) if header else []
+        transaction = "--no-assume-in-transaction" if "transaction=false" in options else "--assume-in-transaction"
+        breaking = "phase=post" in options or path.name.endswith(".down.sql")
+        excluded = SQUAWK_EXCLUDED + (SQUAWK_ALLOWED_AFTERWARDS if breaking else [])
+        groups.setdefault((transaction, "--exclude", ",".join(excluded)), []).append(str(path.relative_to(ROOT)))
+    return [[squawk, "--pg-version", "15", *options, *group] for options, group in groups.items()]
 
 
 def fail(sentence: str, output: str = "") -> NoReturn:

@@ -5,12 +5,14 @@
     nox                       everything that is fast enough before a push
     nox -s tests-3.13         the tests on one Python
     nox -s tests -- -k retry  arguments after `--` go to pytest
+    nox -s previous_release   the release before this tree, on this tree's schema
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -48,6 +50,31 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def previous_release(session: nox.Session) -> None:
+    """Run the release before this tree on the schema this tree makes, before the half that comes after a deployment."""
+    tags = ["git", "tag", "--list", "--no-contains", "HEAD", "--sort=-version:refname"]
+    found = (session.run(*tags, external=True, silent=True) or "").split()
+    releases = [tag for tag in found if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
+    if not releases:
+        session.skip("NOTHING WAS TESTED: there is no release before this tree (no tag vX.Y.Z)")
+    directory = Path(session.create_tmp()).resolve()
+    this = directory / "this"
+    session.run("python", "-m", "venv", "--clear", str(this))
+    python = str(this / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    session.run(python, "-m", "pip", "install", "--quiet", ".", external=True)
+
+    before = directory / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    archive = directory / "before.tar"
+    session.run("git", "archive", f"--output={archive}", releases[0], external=True)
+    shutil.unpack_archive(archive, before)
+    session.log(f"{releases[0]} on the schema of this tree")
+    session.chdir(before)
+    install(session, "--group", "test", editable=False)
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/integration"]), env={"SCHEMA_MADE_BY": python})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check Python with ruff and the migrations with squawk."""
     install(session, "--group", "lint")
@@ -80,6 +107,14 @@ def package(session: nox.Session) -> None:
     """Build wheel and sdist, install both, compare."""
     install(session, "--group", "test")
     session.run("python", "dev.py", "--here", "test", "tests/acceptance/test_package.py", *session.posargs)
+
+
+@nox.session
+def leaks(session: nox.Session) -> None:
+    """Borrow a million connections as random people, and look for one who ran as somebody else; nightly."""
+    install(session, "--group", "test")
+    session.env.setdefault("LEAK_CHECKOUTS", os.environ.get("LEAK_CHECKOUTS", "1000000"))
+    session.run("python", "dev.py", "--here", "test", "-s", "tests/security/test_identity_leaks.py", *session.posargs)
 
 
 @nox.session

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -18,13 +20,32 @@ from equitie_data.context import position_variable
 from equitie_data.embedded import EmbeddedServer, ServerBinaries, find_servers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from equitie_data import Database
 
 pytest_plugins = ["equitie_data.testing", "pytester"]
 
 WANTED_MAJORS = (18, 15)
+# Long, and about the library's own decisions rather than a server's: on the newest server found, unless every one of
+# them is asked for. What depends on the version (migrations, partitions, conversion, ids, roles, faults, the calls)
+# always runs on all.
+ON_THE_NEWEST_ALONE = (
+    "tests/deployment/",
+    "tests/legacy/",
+    "tests/migration/test_access_matrix.py",
+    "tests/migration/test_baseline.py",
+    "tests/migration/test_catalogs.py",
+    "tests/migration/test_directories.py",
+    "tests/migration/test_indexes.py",
+    "tests/migration/test_locks.py",
+    "tests/migration/test_maintenance_kills.py",
+    "tests/migration/test_phases.py",
+    "tests/migration/test_policy_plans.py",
+    "tests/migration/test_query_plans.py",
+    "tests/migration/test_repair.py",
+    "tests/security/",
+)
 
 _scratch = pytest.StashKey[Path]()
 _lock = pytest.StashKey[int]()
@@ -39,6 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         metavar="MAJOR",
         help="run on this major version of PostgreSQL only (repeatable); default: every one that is found",
+    )
+    parser.addoption(
+        "--every-server",
+        action="store_true",
+        help="run the long tests on every server too, and not on the newest alone",
     )
 
 
@@ -102,6 +128,17 @@ def _missing(config: pytest.Config) -> list[str]:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     found = [f"{s.major}.{s.version % 10_000} ({s.bin_dir})" for s in config.stash[_servers].values()]
     return [f"PostgreSQL: {', '.join(found) or 'none'}", *_missing(config)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--every-server") or config.getoption("--only-pg") or len(config.stash[_servers]) < 2:
+        return
+    newest = max(config.stash[_servers])
+    older = re.compile("|".join(rf"\bpg{major}\b" for major in config.stash[_servers] if major != newest))
+    left_out = [item for item in items if item.nodeid.startswith(ON_THE_NEWEST_ALONE) and older.search(item.name)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -169,6 +206,24 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
 def equitie_server(server: EmbeddedServer) -> EmbeddedServer:
     """The plugin's fixtures work on the version at hand."""
     return server
+
+
+@pytest.fixture(scope="session")
+def equitie_load(equitie_load: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    """Migrate the template; by the runner of a later release where `SCHEMA_MADE_BY` names its Python.
+
+    As in the middle of that release's deployment: this release's code on a schema that is ahead of it.
+    """
+    later = os.environ.get("SCHEMA_MADE_BY")
+    if later is None:
+        return equitie_load
+
+    def load(owner_dsn: str, app_role: str) -> None:
+        environment = {**os.environ, "MIGRATION_DATABASE_URL": owner_dsn}
+        for arguments in (["up", "--before-deploy"], ["grant", app_role]):
+            subprocess.run([later, "-m", "equitie_data.migrate", *arguments], check=True, env=environment)
+
+    return load
 
 
 @pytest.fixture

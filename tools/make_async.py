@@ -15,7 +15,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equitie_data"
-TWINS = {"nodes": "_async_nodes", "attempts": "_async_attempts", "pool": "_async_pool"}
+TWINS = {
+    "nodes": "_async_nodes",
+    "attempts": "_async_attempts",
+    "pool": "_async_pool",
+    "transactions": "_async_transactions",
+}
 
 HEAD = """\
 # Written by tools/make_async.py from {source}.py: change that one, and run the program.
@@ -27,7 +32,10 @@ HEAD = """\
 
 # What waits for the server or for others, by the name it is called by.
 AWAITED = {
+    "_execute_read",
+    "_execute_write",
     "acquire",
+    "ask_password",
     "close",
     "execute",
     "fetchall",
@@ -61,6 +69,8 @@ WORDS = {
     "NodeConnection": "AsyncNodeConnection",
     "NodeCursor": "AsyncNodeCursor",
     "RowFactory": "AsyncRowFactory",
+    "Transactions": "AsyncTransactions",
+    "ask_password": "ask_password_async",
     "equitie_data.attempts": "equitie_data._async_attempts",
     "equitie_data.call": "equitie_data._async_call",
     "equitie_data.nodes": "equitie_data._async_nodes",

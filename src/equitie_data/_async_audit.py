@@ -18,6 +18,7 @@ from equitie_data.audit import AuditLogger
 from equitie_data.audit_queue import AuditQueue, record
 from equitie_data.context import current_transaction, position_variable, remember_position
 from equitie_data.errors import CommitOutcomeUnknown, NotOpenError, UnavailableError
+from equitie_data.redaction import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from equitie_data.aio import Pools
     from equitie_data.audit_events import AuditEvent
     from equitie_data.context import Transaction
+    from equitie_data.redaction import Redaction
 
 __all__ = ["AsyncAuditLogger", "FromThread"]
 
@@ -127,12 +129,23 @@ class AsyncAuditLogger(AuditLogger):
     Args:
         from_thread: The database, for threads.
         enabled: Whether events are recorded at all.
+        redaction: What must not be written down.
         capacity: Events that may wait outside transactions; beyond it `log` raises `UnavailableError`.
     """
 
-    def __init__(self, from_thread: FromThread, *, enabled: bool = True, capacity: int = 10_000) -> None:
+    def __init__(
+        self,
+        from_thread: FromThread,
+        *,
+        enabled: bool = True,
+        redaction: Redaction = DEFAULT,
+        capacity: int = 10_000,
+    ) -> None:
         super().__init__(
-            execute_write=from_thread.execute_write, execute_read=from_thread.execute_read, enabled=enabled
+            execute_write=from_thread.execute_write,
+            execute_read=from_thread.execute_read,
+            enabled=enabled,
+            redaction=redaction,
         )
         self._from_thread = from_thread
         self._queue = _Queue(from_thread, batch_size=self._batch_size, capacity=capacity)

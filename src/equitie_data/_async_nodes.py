@@ -26,6 +26,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from equitie_data.connect import connect, explain_connection_failure, target_of
 from equitie_data.context import WalPosition
+from equitie_data.credentials import ask_password_async, with_password
 from equitie_data.errors import CheckoutTimeoutError, NotOpenError, UnavailableError
 from equitie_data.exchange import is_stale
 from equitie_data.routing import NodeReport, ReplicaHealth, ReplicaView
@@ -83,7 +84,7 @@ class AsyncNode(TidiedFromThread):
     """
 
     def __init__(self, dsn: str, role: NodeRole, settings: Settings, region: str | None = None) -> None:
-        self.dsn = _with_session_attributes(dsn, role)
+        self.dsn = with_password(_with_session_attributes(dsn, role), settings.password)
         self.role: NodeRole = role
         self.region = region
         self.name = _name_of(dsn)
@@ -109,10 +110,11 @@ class AsyncNode(TidiedFromThread):
         options = conninfo_to_dict(dsn).get("options")
         if options:
             parameters["options"] = f"{parameters.get('options', '')} {options}".strip()
+        self._parameters = parameters
         self._pool: AsyncConnectionPool[AsyncNodeConnection[Any]] = AsyncConnectionPool(
             self.dsn,
             connection_class=AsyncNodeConnection,
-            kwargs=parameters,
+            kwargs=parameters if settings.password is None else self._parameters_now,
             min_size=settings.min_size,
             max_size=settings.max_size,
             timeout=settings.checkout_timeout,
@@ -125,6 +127,11 @@ class AsyncNode(TidiedFromThread):
 
     def __repr__(self) -> str:
         return f"<AsyncNode {self.role} {self.name}>"
+
+    async def _parameters_now(self) -> dict[str, Any]:
+        """Return what the next connection is opened with; its password is asked for now."""
+        assert self._settings.password is not None  # noqa: S101 - otherwise nobody asks
+        return {**self._parameters, "password": await ask_password_async(self.dsn, self._settings.password)}
 
     @property
     def view(self) -> ReplicaView:

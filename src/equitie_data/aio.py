@@ -15,18 +15,22 @@ import attrs
 
 from equitie_data._async_audit import AsyncAuditLogger, FromThread
 from equitie_data._async_pool import AsyncConnectionPools
+from equitie_data._async_transactions import AsyncTransactions
 from equitie_data._event_loop import Uninterrupted, in_thread
+from equitie_data.alerts import Thresholds
 from equitie_data.commit import Outcome
 from equitie_data.context import remember_position
+from equitie_data.credentials import in_loop
 from equitie_data.errors import ConfigurationError, NotOpenError
 from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
+from equitie_data.redaction import DEFAULT
 from equitie_data.resolve import resolve_commit
 from equitie_data.settings import Settings
 from equitie_data.verify import explain_no_primary, verified
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -35,9 +39,11 @@ if TYPE_CHECKING:
     from equitie_data._async_call import AsyncCall
     from equitie_data._async_nodes import AsyncNode
     from equitie_data._async_wire import AsyncNodeConnection
+    from equitie_data.alerts import Alert
     from equitie_data.embedded import EmbeddedServer
     from equitie_data.hooks import Hook
     from equitie_data.prologue import Prologue
+    from equitie_data.redaction import Redaction
     from equitie_data.resolve import Evidence
 
 __all__ = ["AsyncDatabase"]
@@ -137,16 +143,28 @@ class AsyncDatabase:
         dsn_or_settings: The primary's connection string, or everything that can be set.
         hooks: Subscribers to what happens (see `equitie_data.hooks`); called in the event loop, and in the threads that
             watch over nodes.
+        redaction: What must not be written down, beyond what is built in; the audit log and the monitor obey it.
+        thresholds: When the monitor raises an alert.
+        alert_sinks: Called with every `Alert`, on the monitor's thread.
 
     Attributes:
         settings: What it was made with.
         pool: The pools of its nodes.
         audit: The application's own audit events, and the audit log read back.
         monitor: What its statements cost.
+        transactions: Transactions by their ids.
         owner_dsn: The owner's connection string, of an embedded database that is open; ``None`` for all others.
     """
 
-    def __init__(self, dsn_or_settings: str | Settings, *, hooks: Iterable[Hook] = ()) -> None:
+    def __init__(
+        self,
+        dsn_or_settings: str | Settings,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+    ) -> None:
         if isinstance(dsn_or_settings, Settings):
             self.settings = dsn_or_settings
         elif isinstance(dsn_or_settings, str):
@@ -154,6 +172,7 @@ class AsyncDatabase:
         else:
             raise ConfigurationError("AsyncDatabase takes a connection string or Settings.")
         self.hooks = Hooks(hooks)
+        self.redaction = DEFAULT if redaction is None else redaction
         self.owner_dsn: str | None = None
         self._data_dir: Path | str | None = None
         self._embedded = False
@@ -163,38 +182,82 @@ class AsyncDatabase:
         self.pool = Pools(self.settings, self.hooks)
         self.execute_read = self.pool.execute_read
         self.execute_write = self.pool.execute_write
+        self.transactions = AsyncTransactions(self.pool.execute_read, self.pool.execute_write)
         self._from_thread = FromThread(self.pool)
-        self.audit = AsyncAuditLogger(self._from_thread, enabled=self.settings.enable_audit_logging)
-        self.monitor = PerformanceMonitor(execute_write=self._from_thread.execute_write, pool_stats=self.pool.get_stats)
+        self.audit = AsyncAuditLogger(
+            self._from_thread, enabled=self.settings.enable_audit_logging, redaction=self.redaction
+        )
+        self.monitor = PerformanceMonitor(
+            execute_write=self._from_thread.execute_write,
+            pool_stats=self.pool.get_stats,
+            thresholds=Thresholds() if thresholds is None else thresholds,
+            alert_sinks=tuple(alert_sinks),
+            redaction=self.redaction,
+        )
 
     def __repr__(self) -> str:
         return f"<AsyncDatabase {self.pool.primary.name} {'open' if self._opened else 'closed'}>"
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, *, hooks: Iterable[Hook] = ()) -> Self:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+    ) -> Self:
         """Make a database from environment variables (see `Settings.from_env`).
 
         Args:
             environ: The variables; those of the process when left out.
-            hooks: Subscribers.
+            hooks: As in `AsyncDatabase`; so are the other arguments.
+            redaction: As in `AsyncDatabase`.
+            thresholds: As in `AsyncDatabase`.
+            alert_sinks: As in `AsyncDatabase`.
 
         Raises:
             ConfigurationError: A variable is wrong, unknown or missing.
         """
-        return cls(Settings.from_env(environ), hooks=hooks)
+        return cls(
+            Settings.from_env(environ),
+            hooks=hooks,
+            redaction=redaction,
+            thresholds=thresholds,
+            alert_sinks=alert_sinks,
+        )
 
     @classmethod
-    def embedded(cls, data_dir: Path | str | None = None, *, hooks: Iterable[Hook] = (), **settings: Any) -> Self:
+    def embedded(
+        cls,
+        data_dir: Path | str | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+        **settings: Any,
+    ) -> Self:
         """Make a database on a PostgreSQL server of its own, migrated and with a login role that owns nothing.
 
         The server starts when the database is opened and stops when it is closed.
 
         Args:
             data_dir: Where its data is kept; a temporary directory when left out.
-            hooks: Subscribers.
+            hooks: As in `AsyncDatabase`; so are the next three.
+            redaction: As in `AsyncDatabase`.
+            thresholds: As in `AsyncDatabase`.
+            alert_sinks: As in `AsyncDatabase`.
             settings: Attributes of `Settings` other than ``dsn``.
         """
-        database = cls(Settings(dsn="dbname=equitie", **settings), hooks=hooks)
+        database = cls(
+            Settings(dsn="dbname=equitie", **settings),
+            hooks=hooks,
+            redaction=redaction,
+            thresholds=thresholds,
+            alert_sinks=alert_sinks,
+        )
         database._data_dir, database._embedded = data_dir, True
         return database
 
@@ -216,12 +279,16 @@ class AsyncDatabase:
                 return
             if self._embedded and self._server is None:
                 await asyncio.to_thread(self._start_server)
-            self.settings = await asyncio.to_thread(verified, self.settings)
-            self.pool.configure(self.settings)
+            password = self.settings.password
+            # Threads verify, probe and resolve; what has to be awaited is awaited in this loop all the same.
+            asking = in_loop(password, asyncio.get_running_loop(), self.settings.connect_timeout)
+            settings = await asyncio.to_thread(verified, attrs.evolve(self.settings, password=asking))
+            self.settings = attrs.evolve(settings, password=password)
+            self.pool.configure(settings)
             await self.pool.open()
             if not self.pool.primary.reachable:
                 await self.pool.shutdown()
-                raise await asyncio.to_thread(explain_no_primary, self.settings)
+                raise await asyncio.to_thread(explain_no_primary, settings)
             self._from_thread.open()
             self._opened = True
             if self.settings.enable_performance_monitoring:

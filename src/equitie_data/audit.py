@@ -25,7 +25,7 @@ from equitie_data._log import get_logger
 from equitie_data.audit_events import AuditAction, AuditEvent, AuditRecord
 from equitie_data.audit_queue import AuditQueue, AuditStats, record
 from equitie_data.context import bind, current_actor, current_transaction
-from equitie_data.redaction import redacted_mapping
+from equitie_data.redaction import DEFAULT, Redaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -64,7 +64,8 @@ class AuditLogger:
         batch_size: events written at once.
         flush_interval: seconds an event waits at most for its batch to fill.
         capacity: events that may wait; beyond it `log` writes a batch itself.
-        secret_names: field names masked besides the built-in ones (see `equitie_data.redaction`).
+        secret_names: field names masked besides those of ``redaction``.
+        redaction: what must not be written down (see `equitie_data.redaction`).
         enabled: whether events are recorded at all; their form is checked either way.
     """
 
@@ -77,6 +78,7 @@ class AuditLogger:
         flush_interval: float = 5.0,
         capacity: int = 10_000,
         secret_names: Collection[str] = (),
+        redaction: Redaction = DEFAULT,
         enabled: bool = True,
     ) -> None:
         self._enabled = enabled
@@ -85,7 +87,7 @@ class AuditLogger:
         )
         self._execute_read = execute_read
         self._batch_size = batch_size
-        self._secret_names = frozenset(secret_names)
+        self._redaction = redaction.and_secret(secret_names) if secret_names else redaction
         self._lock = threading.Lock()
         self._sent_in_transactions = 0
 
@@ -284,8 +286,8 @@ class AuditLogger:
             action=AuditAction(action),
             entity_type=entity_type,
             entity_id=identity,
-            changes=None if changes is None else redacted_mapping(changes, also=self._secret_names),
-            metadata=redacted_mapping(metadata or {}, also=self._secret_names),
+            changes=None if changes is None else self._redaction.mapping(changes),
+            metadata=self._redaction.mapping(metadata or {}),
             actor=current_actor(),
         )
 

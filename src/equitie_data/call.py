@@ -294,6 +294,7 @@ class Call:
                 on_replica=on_replica,
                 stale_plan=error.sqlstate == "0A000" and "cached plan" in str(error),
                 in_prologue=connection.prologue_failed,
+                on_fresh_connection=connection.first_used_at >= self.started,
             )
         )
         if self.decision.action is Action.PRIMARY:

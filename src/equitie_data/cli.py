@@ -12,8 +12,10 @@ import time
 from typing import TYPE_CHECKING
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 from equitie_data.errors import EquitieDataError
+from equitie_data.redaction import DEFAULT, on_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,14 +33,20 @@ def describe(error: BaseException) -> str:
     """Return one line that says what happened, without values.
 
     psycopg's own text can go over several lines and its DETAIL holds the row's values, so only the primary
-    message is kept.
+    message is kept; and of a value that was refused not even that, because it quotes the value.
     """
     if isinstance(error, psycopg.Error):
-        primary = error.diag.message_primary
+        primary, sqlstate = error.diag.message_primary, error.sqlstate or ""
         if primary and not isinstance(error, EquitieDataError):
-            return f"The server refused a statement: {primary} (SQLSTATE {error.sqlstate})."
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+            if sqlstate.startswith("22"):
+                return f"The server refused a value: {type(error).__name__} (SQLSTATE {sqlstate})."
+            return f"The server refused a statement: {_shown(primary)} (SQLSTATE {sqlstate})."
+    return _shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def _shown(text: str) -> str:
+    # Names of files, roles and tables are other people's: none of them may steer the terminal.
+    return on_one_line(DEFAULT.text(text))
 
 
 def run_cli(main: Callable[[], int]) -> int:
@@ -71,14 +79,29 @@ def run_cli(main: Callable[[], int]) -> int:
 def resolve_dsn(given: str | None, *names: str, environ: Mapping[str, str] | None = None) -> str:
     """Return the DSN of the option, else of the first of the environment variables that is set.
 
+    A person who types a password as an argument is told that everybody on the machine can read it.
+
     Raises:
         EquitieDataError: None of them is there.
     """
     env = os.environ if environ is None else environ
+    if given and sys.stderr.isatty() and _holds_password(given):
+        print(
+            f"warning: everybody on this machine can read the password in --dsn: put the DSN into {names[-1]}, or the"
+            " password into PGPASSWORD or ~/.pgpass.",
+            file=sys.stderr,
+        )
     for value in (given, *(env.get(name) for name in names)):
         if value:
             return value
     raise EquitieDataError(f"No database was named: pass --dsn or set {' or '.join(names)}.")
+
+
+def _holds_password(dsn: str) -> bool:
+    try:
+        return bool(conninfo_to_dict(dsn).get("password"))
+    except psycopg.ProgrammingError:
+        return False
 
 
 class Progress:

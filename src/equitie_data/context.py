@@ -8,8 +8,10 @@ in the prologue of every transaction.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from ipaddress import ip_address as parse_ip_address
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import UUID
@@ -19,7 +21,7 @@ import attrs
 from equitie_data.errors import ConfigurationError, NoActorError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from psycopg import Connection
 
@@ -36,13 +38,17 @@ __all__ = [
 ]
 
 _TEXT_LIMIT = 1_000  # characters; longer header values are cut, so that a client cannot bloat the audit log
+# Control characters, line separators and marks that turn the direction of writing: none of them belongs into a name or
+# a header, and a reader's log, terminal or spreadsheet would obey them.
+_STEERING = re.compile("[\x01-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def _text(value: object) -> str | None:
-    """Cut to size, and drop what PostgreSQL cannot store: NUL and halves of surrogate pairs."""
+    """Cut to size, and drop what PostgreSQL cannot store (NUL, halves of surrogate pairs); one line it becomes, too."""
     if value is None:
         return None
-    return str(value)[:_TEXT_LIMIT].replace("\x00", "").encode("utf-8", "ignore").decode()
+    text = str(value)[:_TEXT_LIMIT].replace("\x00", "").encode("utf-8", "ignore").decode()
+    return text if text.isascii() and text.isprintable() else _STEERING.sub("\ufffd", text)
 
 
 def _address(value: object) -> str | None:
@@ -51,9 +57,11 @@ def _address(value: object) -> str | None:
     try:
         return str(parse_ip_address(str(value).strip()))
     except ValueError:
-        raise ConfigurationError(
-            "ip_address is not an IPv4 or IPv6 address: pass the client's address alone, without port or proxy list."
-        ) from None
+        pass
+    # Not within the handler: Python's message, which an error's context would carry along, quotes the value.
+    raise ConfigurationError(
+        "ip_address is not an IPv4 or IPv6 address: pass the client's address alone, without port or proxy list."
+    )
 
 
 def _uuid(value: object) -> UUID:
@@ -118,6 +126,54 @@ class Actor:
     @user_text.default
     def _render_user(self) -> str:
         return "" if self.user_id is None else str(self.user_id)
+
+    @classmethod
+    def from_jwt(
+        cls,
+        token: str,
+        *,
+        audience: str | Sequence[str],
+        key: object = None,
+        jwks: Any = None,
+        algorithms: Sequence[str] | None = None,
+        issuer: str | Sequence[str] | None = None,
+        leeway: float = 10.0,
+        **request: str | None,
+    ) -> Actor:
+        """Return the user of a JSON web token, once it is verified; needs the extra ``jwt``.
+
+        Args:
+            token: The token alone, without ``Bearer``.
+            audience: Whom it must have been issued for.
+            key: The shared secret, or the issuer's public key.
+            jwks: Instead of ``key``, the issuer's public keys: a JSON web key set or a `jwt.PyJWKClient`.
+            algorithms: Those that are allowed, of the key's own kind.
+            issuer: Who must have issued it.
+            leeway: Seconds that two clocks may differ.
+            request: ``ip_address``, ``user_agent``, ``session_id``, ``request_id``, ``tenant_id``, as in `acting_as`.
+
+        Raises:
+            InvalidTokenError: The token does not hold; answer 401.
+            ConfigurationError: The arguments would not protect anything, or the extra is not installed.
+            UnavailableError: The key set could not be fetched.
+        """
+        try:
+            integration = import_module("equitie_data.integrations.jwt")
+        except ModuleNotFoundError:
+            raise ConfigurationError(
+                "Actor.from_jwt needs PyJWT: install it with `pip install 'equitie-data[jwt]'`."
+            ) from None
+        actor: Actor = integration.actor_from_jwt(
+            token,
+            audience=audience,
+            key=key,
+            jwks=jwks,
+            algorithms=algorithms,
+            issuer=issuer,
+            leeway=leeway,
+            **request,
+        )
+        return actor
 
     @claims_bytes.default
     def _encode_claims(self) -> bytes:
@@ -251,7 +307,7 @@ def _bound(actor: Actor) -> Iterator[Actor]:
 
 @contextmanager
 def acting_as(
-    user_id: UUID | str,
+    user_id: UUID | str | Actor,
     *,
     ip_address: str | None = None,
     user_agent: str | None = None,
@@ -262,8 +318,9 @@ def acting_as(
     """Run the block's statements as a user, under row-level security.
 
     Args:
-        user_id: The user whom the application has already authenticated. Which rights the user has is looked up
-            in the database at every transaction; nothing the client sends can raise them.
+        user_id: The user whom the application has already authenticated, or an `Actor` such as `Actor.from_jwt`
+            returns; arguments that are given then refine it. Which rights the user has is looked up in the database at
+            every transaction; nothing the client sends can raise them.
         ip_address: The client's address, for the audit trail.
         user_agent: The client's user agent, for the audit trail.
         session_id: The web session, for the audit trail.
@@ -271,19 +328,23 @@ def acting_as(
         tenant_id: The tenant, for the audit trail.
 
     Raises:
-        ConfigurationError: ``user_id`` is not a UUID, or ``ip_address`` not an address.
+        ConfigurationError: ``user_id`` is not a UUID, the actor no user's, or ``ip_address`` not an address.
     """
-    with _bound(
-        Actor(
-            kind="user",
-            user_id=_uuid(user_id),
-            ip_address=ip_address,
-            user_agent=user_agent,
-            session_id=session_id,
-            request_id=request_id,
-            tenant_id=tenant_id,
-        )
-    ) as actor:
+    request = {
+        "ip_address": ip_address,
+        "user_agent": user_agent,
+        "session_id": session_id,
+        "request_id": request_id,
+        "tenant_id": tenant_id,
+    }
+    if isinstance(user_id, Actor):
+        if user_id.user_id is None:
+            raise ConfigurationError("acting_as takes a user's actor: the service acts under as_service(reason).")
+        given: dict[str, Any] = {name: value for name, value in request.items() if value is not None}
+        actor = attrs.evolve(user_id, **given) if given else user_id
+    else:
+        actor = Actor(kind="user", user_id=_uuid(user_id), **request)
+    with _bound(actor):
         yield actor
 
 

@@ -85,6 +85,7 @@ class ImportReport:
         investors_created: Investors that were made.
         deals_created: Deals that were made.
         partitions_created: Month partitions that were made.
+        past_retention: Inserted rows of months that the next maintenance run retires, because they are too old.
         seconds: How long it took.
     """
 
@@ -102,6 +103,7 @@ class ImportReport:
     investors_created: int
     deals_created: int
     partitions_created: int
+    past_retention: int
     seconds: float
 
     def to_json(self) -> str:
@@ -127,7 +129,9 @@ class ImportReport:
             f"made: {self.companies_created:,} companies, {self.investors_created:,} investors, "
             f"{self.deals_created:,} deals, {self.partitions_created:,} months"
         )
-        return "\n".join([*(line.rstrip() for line in lines), created, f"run {self.run_id}, {self.seconds:.1f} s"])
+        old = [f"{self.past_retention:,} rows are older than the retention: maintenance will retire them"]
+        ending = [created, *(old if self.past_retention else []), f"run {self.run_id}, {self.seconds:.1f} s"]
+        return "\n".join([*(line.rstrip() for line in lines), *ending])
 
 
 def import_csv(
@@ -263,7 +267,7 @@ class _Run:
         """Write the pending rows and what they need; return how much was made of each kind."""
         months = [month for (month,) in self._rows("import_months")]
         if not months:
-            return dict.fromkeys(("companies", "investors", "deals", "partitions"), 0)
+            return dict.fromkeys(("companies", "investors", "deals", "partitions", "expired"), 0)
         partitions = sum(self._ensure_partitions(first, last) for first, last in month_ranges(months))
         span = {"first": months[0], "last": _last_day(months[-1])}
         self._add("duplicates", self._row("import_drop_standing", span))
@@ -279,8 +283,15 @@ class _Run:
         self._execute("import_create_transactions")
         self._execute("import_analyze_transactions")
         self._add("duplicates", self._row("import_count_copies"))
+        (expired,) = self._row("import_count_expired")
         self._add("inserted", self._row("import_insert_transactions", {"run_id": run_id}))
-        return {"companies": companies, "investors": investors, "deals": deals, "partitions": partitions}
+        return {
+            "companies": companies,
+            "investors": investors,
+            "deals": deals,
+            "partitions": partitions,
+            "expired": expired,
+        }
 
     def _ensure_partitions(self, first: dt.date, last: dt.date) -> int:
         # A call of its own inside the operation runs on another connection and commits at once.
@@ -320,6 +331,7 @@ class _Run:
             investors_created=made["investors"],
             deals_created=made["deals"],
             partitions_created=made["partitions"],
+            past_retention=made["expired"],
             seconds=time.perf_counter() - started,
         )
 

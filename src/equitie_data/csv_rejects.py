@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RejectsFile"]
 
-_FORMULA_STARTS: Final = frozenset("=+-@\t\r")
+# What a spreadsheet takes for the beginning of a formula; some take the full-width forms for the same.
+_FORMULA_STARTS: Final = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
 class RejectsFile:

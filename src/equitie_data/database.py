@@ -8,23 +8,28 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from equitie_data._log import get_logger
+from equitie_data.alerts import Thresholds
 from equitie_data.audit import AuditLogger
 from equitie_data.errors import ConfigurationError
 from equitie_data.hooks import Hooks
 from equitie_data.monitor import PerformanceMonitor
 from equitie_data.pool import ConnectionPools
+from equitie_data.redaction import DEFAULT
 from equitie_data.settings import Settings
+from equitie_data.transactions import Transactions
 from equitie_data.verify import explain_no_primary, verified
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from equitie_data.alerts import Alert
     from equitie_data.embedded import EmbeddedServer
     from equitie_data.hooks import Hook
+    from equitie_data.redaction import Redaction
 
 __all__ = ["Database"]
 
@@ -39,16 +44,28 @@ class Database:
     Args:
         dsn_or_settings: The primary's connection string, or everything that can be set.
         hooks: Subscribers to what happens (see `equitie_data.hooks`).
+        redaction: What must not be written down, beyond what is built in; the audit log and the monitor obey it.
+        thresholds: When the monitor raises an alert.
+        alert_sinks: Called with every `Alert`, on the monitor's thread.
 
     Attributes:
         settings: What it was made with.
         pool: The pools of its nodes.
         audit: The application's own audit events, and the audit log read back.
         monitor: What its statements cost.
+        transactions: Transactions by their ids.
         owner_dsn: The owner's connection string, of an embedded database; ``None`` for all others.
     """
 
-    def __init__(self, dsn_or_settings: str | Settings, *, hooks: Iterable[Hook] = ()) -> None:
+    def __init__(
+        self,
+        dsn_or_settings: str | Settings,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+    ) -> None:
         if isinstance(dsn_or_settings, Settings):
             self.settings = dsn_or_settings
         elif isinstance(dsn_or_settings, str):
@@ -56,6 +73,9 @@ class Database:
         else:
             raise ConfigurationError("Database takes a connection string or Settings.")
         self.hooks = Hooks(hooks)
+        self.redaction = DEFAULT if redaction is None else redaction
+        self._thresholds = Thresholds() if thresholds is None else thresholds
+        self._alert_sinks = tuple(alert_sinks)
         self.owner_dsn: str | None = None
         self._server: EmbeddedServer | None = None
         self._opened = False
@@ -67,38 +87,75 @@ class Database:
         self.pool = ConnectionPools(settings, self.hooks)
         self.execute_read = self.pool.execute_read
         self.execute_write = self.pool.execute_write
+        self.transactions = Transactions(self.pool.execute_read, self.pool.execute_write)
         self.audit = AuditLogger(
             execute_write=self.pool.execute_write,
             execute_read=self.pool.execute_read,
             enabled=settings.enable_audit_logging,
+            redaction=self.redaction,
         )
-        self.monitor = PerformanceMonitor(execute_write=self.pool.execute_write, pool_stats=self.pool.get_stats)
+        self.monitor = PerformanceMonitor(
+            execute_write=self.pool.execute_write,
+            pool_stats=self.pool.get_stats,
+            thresholds=self._thresholds,
+            alert_sinks=self._alert_sinks,
+            redaction=self.redaction,
+        )
 
     def __repr__(self) -> str:
         return f"<Database {self.pool.primary.name} {'open' if self._opened else 'closed'}>"
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, *, hooks: Iterable[Hook] = ()) -> Self:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+    ) -> Self:
         """Make a database from environment variables (see `Settings.from_env`).
 
         Args:
             environ: The variables; those of the process when left out.
-            hooks: Subscribers.
+            hooks: As in `Database`; so are the other arguments.
+            redaction: As in `Database`.
+            thresholds: As in `Database`.
+            alert_sinks: As in `Database`.
 
         Raises:
             ConfigurationError: A variable is wrong, unknown or missing.
         """
-        return cls(Settings.from_env(environ), hooks=hooks)
+        return cls(
+            Settings.from_env(environ),
+            hooks=hooks,
+            redaction=redaction,
+            thresholds=thresholds,
+            alert_sinks=alert_sinks,
+        )
 
     @classmethod
-    def embedded(cls, data_dir: Path | str | None = None, *, hooks: Iterable[Hook] = (), **settings: Any) -> Self:
+    def embedded(
+        cls,
+        data_dir: Path | str | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        redaction: Redaction | None = None,
+        thresholds: Thresholds | None = None,
+        alert_sinks: Iterable[Callable[[Alert], object]] = (),
+        **settings: Any,
+    ) -> Self:
         """Make a database on a PostgreSQL server of its own, migrated and with a login role that owns nothing.
 
         The server starts now and stops when the database is closed.
 
         Args:
             data_dir: Where its data is kept; a temporary directory when left out.
-            hooks: Subscribers.
+            hooks: As in `Database`; so are the next three.
+            redaction: As in `Database`.
+            thresholds: As in `Database`.
+            alert_sinks: As in `Database`.
             settings: Attributes of `Settings` other than ``dsn``.
 
         Raises:
@@ -110,7 +167,13 @@ class Database:
         server = EmbeddedServer(data_dir)
         server.start()
         try:
-            database = cls(Settings(dsn=provision(server), **settings), hooks=hooks)
+            database = cls(
+                Settings(dsn=provision(server), **settings),
+                hooks=hooks,
+                redaction=redaction,
+                thresholds=thresholds,
+                alert_sinks=alert_sinks,
+            )
             database.owner_dsn = server.dsn(DATABASE)
         except BaseException:
             server.stop()

@@ -5,6 +5,7 @@
     EquitieDataError
     ├── ConfigurationError                 also ValueError
     ├── NoActorError
+    ├── InvalidTokenError
     ├── NotOpenError
     ├── UnavailableError                   also psycopg.OperationalError
     │   └── CheckoutTimeoutError           also psycopg_pool.PoolTimeout
@@ -14,12 +15,18 @@
     │   ├── OperationEndedTransactionError
     │   ├── ResultLostError
     │   └── CommitOutcomeUnknown
+    ├── TransactionNotFoundError           also LookupError
     ├── MigrationError
     │   ├── NotMigratedError
     │   ├── HistoryTooNewError
     │   ├── ChecksumDriftError
     │   └── MigrationLockTimeoutError
+    ├── ConversionError
+    ├── MaintenanceError
+    │   └── ArchiveError
     ├── ImportFileError                    also ValueError
+    ├── BulkLoadError                      also ValueError
+    ├── LegacyError
     └── EmbeddedServerError
 
 An error of the caller's own statement (a unique violation, a syntax error, a statement timeout) is psycopg's
@@ -36,14 +43,20 @@ import psycopg
 import psycopg_pool
 
 __all__ = [
+    "ArchiveError",
+    "BulkLoadError",
     "CheckoutTimeoutError",
     "ChecksumDriftError",
     "CommitOutcomeUnknown",
     "ConfigurationError",
+    "ConversionError",
     "EmbeddedServerError",
     "EquitieDataError",
     "HistoryTooNewError",
     "ImportFileError",
+    "InvalidTokenError",
+    "LegacyError",
+    "MaintenanceError",
     "MigrationError",
     "MigrationLockTimeoutError",
     "NoActorError",
@@ -54,6 +67,7 @@ __all__ = [
     "ResultLostError",
     "SwallowedErrorError",
     "TransactionError",
+    "TransactionNotFoundError",
     "UnavailableError",
 ]
 
@@ -74,6 +88,21 @@ class NoActorError(EquitieDataError):
             "Nobody is acting: wrap the call in `with acting_as(user_id):` for a user, or in "
             "`with as_service(reason):` for the application itself."
         )
+
+
+class InvalidTokenError(EquitieDataError):
+    """A JSON web token does not hold: nobody may act on its strength. Answer 401.
+
+    Args:
+        reason: Which check failed, without anything the token says.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The token was refused: {reason}.")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[InvalidTokenError], tuple[str]]:
+        return type(self), (self.reason,)
 
 
 class NotOpenError(EquitieDataError):
@@ -112,6 +141,15 @@ class CommitOutcomeUnknown(TransactionError):  # noqa: N818 - the field's name f
     """The connection was lost during COMMIT, and whether the write is there could not be established."""
 
 
+class TransactionNotFoundError(EquitieDataError, LookupError):
+    """No investment transaction has the id, or the acting user may not change it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "No transaction has this id, or the acting user may not change it: check the id, and who is acting."
+        )
+
+
 class MigrationError(EquitieDataError):
     """A migration could not be applied; the message names it and says what is left to do."""
 
@@ -132,8 +170,28 @@ class MigrationLockTimeoutError(MigrationError):
     """Another migration run held the lock for longer than this one would wait."""
 
 
+class ConversionError(EquitieDataError):
+    """The table could not be converted between flat and partitioned; no row of it was lost or changed."""
+
+
+class MaintenanceError(EquitieDataError):
+    """Maintenance cannot run or go on; what it had done until then stays done."""
+
+
+class ArchiveError(MaintenanceError):
+    """An archive could not be written, or is not what its manifest says."""
+
+
 class ImportFileError(EquitieDataError, ValueError):
     """The file cannot be imported: nothing of it was."""
+
+
+class BulkLoadError(EquitieDataError, ValueError):
+    """A bulk load cannot go on; the message names the row or the batch."""
+
+
+class LegacyError(EquitieDataError):
+    """The old tables cannot be taken over, checked or restored; the message says why and what is left to do."""
 
 
 class EmbeddedServerError(EquitieDataError):

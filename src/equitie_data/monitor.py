@@ -18,7 +18,6 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-import attrs
 import psycopg
 
 from equitie_data._log import get_logger
@@ -27,11 +26,12 @@ from equitie_data.context import as_service
 from equitie_data.errors import CommitOutcomeUnknown, ConfigurationError
 from equitie_data.fingerprint import OTHER
 from equitie_data.hooks import StatementEnded
+from equitie_data.monitor_stats import MonitorStats
 from equitie_data.monitor_storage import Measurements
 from equitie_data.query_history import QueryCounts, QueryHistory
 from equitie_data.query_report import STATEMENTS, patterns, seconds_of_window, summary, top, total_of
 from equitie_data.query_watch import MinuteKey, QueryWatch, moment, names_of
-from equitie_data.redaction import redacted
+from equitie_data.redaction import DEFAULT, Redaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,33 +51,6 @@ _WRITES = re.compile(r"\s*(?:insert|update|delete|merge|copy|truncate|call|creat
 _unwatched: ContextVar[bool] = ContextVar("equitie_data.unwatched", default=False)
 
 
-@attrs.frozen(kw_only=True)
-class MonitorStats:
-    """What a `PerformanceMonitor` did since it was made.
-
-    Attributes:
-        tracked: Calls counted.
-        flushed: Calls whose counts are stored.
-        failed_flushes: Attempts to store that failed; what they would have stored was kept.
-        dropped: Calls, metrics, alerts and samples that will not be stored, for lack of room or of an answer.
-        overflowed: Calls counted under ``other``, because there were too many different statements.
-        samples_skipped: Slow or failed statements not stored singly, beyond the limit of one flush; they are counted.
-        alerts_fired: Alerts fired.
-        alerts_repeated: Alerts not fired again because they were open.
-        sink_errors: Alerts a sink raised on, or that found the sinks' queue full.
-    """
-
-    tracked: int
-    flushed: int
-    failed_flushes: int
-    dropped: int
-    overflowed: int
-    samples_skipped: int
-    alerts_fired: int
-    alerts_repeated: int
-    sink_errors: int
-
-
 class PerformanceMonitor:
     """Counts statements, finds slow ones, raises alerts, and stores it all by the minute.
 
@@ -90,6 +63,7 @@ class PerformanceMonitor:
         max_fingerprints: Different statements told apart; also the most minute counts that wait to be stored.
         max_pending: Metrics, alert changes and alerts for the sinks that wait, each.
         samples_per_flush: Slow or failed statements that are also stored singly.
+        redaction: What must not be written down (see `equitie_data.redaction`).
         clock: Seconds since the epoch.
     """
 
@@ -106,6 +80,7 @@ class PerformanceMonitor:
         max_fingerprints: int = 5000,
         max_pending: int = 10_000,
         samples_per_flush: int = 100,
+        redaction: Redaction = DEFAULT,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if flush_interval <= 0 or min(max_fingerprints, max_pending) < 1 or samples_per_flush < 0:
@@ -115,6 +90,7 @@ class PerformanceMonitor:
         self._flush_interval = flush_interval
         self._sinks = tuple(alert_sinks)
         self._max_fingerprints = max_fingerprints
+        self._redaction = redaction
         self._clock = clock
         self._running = False
         self._new_watch = functools.partial(
@@ -125,6 +101,7 @@ class PerformanceMonitor:
             max_fingerprints=max_fingerprints,
             max_pending=max_pending,
             samples_per_flush=samples_per_flush,
+            redaction=redaction,
             clock=clock,
             hurry=self._hurry,
         )
@@ -497,4 +474,5 @@ class PerformanceMonitor:
         except Exception as error:  # noqa: BLE001 - a dashboard that fails with what it shows is of no use
             return {"pool": {"error": type(error).__name__}, "active_connections": None}
         nodes = [node for node in pool.values() if isinstance(node, dict)]
-        return {"pool": redacted(pool), "active_connections": sum(int(node.get("in_use", 0)) for node in nodes)}
+        shown = self._redaction.value(pool)
+        return {"pool": shown, "active_connections": sum(int(node.get("in_use", 0)) for node in nodes)}

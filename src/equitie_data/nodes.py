@@ -17,6 +17,7 @@ from psycopg_pool import ConnectionPool
 
 from equitie_data.connect import connect, explain_connection_failure, target_of
 from equitie_data.context import WalPosition
+from equitie_data.credentials import ask_password, with_password
 from equitie_data.errors import CheckoutTimeoutError, NotOpenError, UnavailableError
 from equitie_data.exchange import is_stale
 from equitie_data.routing import NodeReport, ReplicaHealth, ReplicaView
@@ -117,7 +118,7 @@ class Node:
     """
 
     def __init__(self, dsn: str, role: NodeRole, settings: Settings, region: str | None = None) -> None:
-        self.dsn = _with_session_attributes(dsn, role)
+        self.dsn = with_password(_with_session_attributes(dsn, role), settings.password)
         self.role: NodeRole = role
         self.region = region
         self.name = _name_of(dsn)
@@ -143,10 +144,11 @@ class Node:
         options = conninfo_to_dict(dsn).get("options")
         if options:
             parameters["options"] = f"{parameters.get('options', '')} {options}".strip()
+        self._parameters = parameters
         self._pool: ConnectionPool[NodeConnection[Any]] = ConnectionPool(
             self.dsn,
             connection_class=NodeConnection,
-            kwargs=parameters,
+            kwargs=parameters if settings.password is None else self._parameters_now,
             min_size=settings.min_size,
             max_size=settings.max_size,
             timeout=settings.checkout_timeout,
@@ -159,6 +161,11 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<Node {self.role} {self.name}>"
+
+    def _parameters_now(self) -> dict[str, Any]:
+        """Return what the next connection is opened with; its password is asked for now."""
+        assert self._settings.password is not None  # noqa: S101 - otherwise nobody asks
+        return {**self._parameters, "password": ask_password(self.dsn, self._settings.password)}
 
     @property
     def view(self) -> ReplicaView:

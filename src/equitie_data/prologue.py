@@ -25,6 +25,11 @@ _BEGIN: Final = {
     "write": b"BEGIN READ WRITE",
 }
 _TEXT_OID: Final = 25
+# Supabase's auth.uid(), auth.role() and auth.email() look here before they look into the claims: an older form of the
+# same. Left over on a session, one of them would name somebody else.
+_CLEARED: Final = tuple(
+    f"pg_catalog.set_config('request.jwt.claim.{claim}', '', true)" for claim in ("sub", "role", "email")
+)
 _FACTS: Final = {
     "xid": "pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid, pg_catalog.pg_backend_pid() AS pid",
     "incarnation": (
@@ -80,6 +85,7 @@ def _query(kind: str, actor_kind: str, timed: bool, idle_timed: bool, claims: bo
     settings = [
         "pg_catalog.set_config('request.jwt.claims', $1, true)",
         "pg_catalog.set_config('equitie.context', $2, true)",
+        *_CLEARED,
     ]
     looked_up = "equitie_private.database_role($3::pg_catalog.uuid)"
     settings.append(f"pg_catalog.set_config('role', {looked_up if actor_kind == 'user' else '$3'}, true)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import re
 import threading
@@ -9,24 +10,28 @@ from collections import deque
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from psycopg import errors
+
 from equitie_data.alerts import Alert, AlertBook, SlidingRate, Thresholds
 from equitie_data.fingerprint import OTHER, Fingerprints
 from equitie_data.query_history import QueryCounts
 from equitie_data.query_report import CACHE
-from equitie_data.redaction import redacted, redacted_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from uuid import UUID
 
     from equitie_data.monitor_storage import AlertChange
+    from equitie_data.redaction import Redaction
 
 __all__ = ["MinuteKey", "QueryWatch", "moment", "names_of"]
 
 MinuteKey: TypeAlias = "tuple[int, str, str]"
 """Minutes since the epoch, fingerprint, kind."""
 
-_ERROR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}|[0-9A-Z]{5}")
+# A SQLSTATE, or what can only be the name of an exception: any other word might be somebody's name.
+_SQLSTATE = re.compile(r"[0-9A-Z]{5}")
+_ERROR_NAME = re.compile(r"(?:[a-z_][a-z0-9_]*\.){0,8}[A-Z][A-Za-z0-9]{0,70}(?:Error|Exception|Failure|Timeout)")
 
 _SLOW, _ERRORS, _CACHE_MISSES = "slow_query", "error_rate", "cache_hit_rate"
 
@@ -41,6 +46,7 @@ class QueryWatch:
         max_fingerprints: Different statements told apart.
         max_pending: Metrics, alert changes and untold alerts that wait, each.
         samples_per_flush: Slow or failed statements kept singly until they are taken.
+        redaction: What must not be written down.
         clock: Seconds since the epoch.
         hurry: Called when an alert is critical.
     """
@@ -54,6 +60,7 @@ class QueryWatch:
         max_fingerprints: int,
         max_pending: int,
         samples_per_flush: int,
+        redaction: Redaction,
         clock: Callable[[], float],
         hurry: Callable[[], object],
     ) -> None:
@@ -63,6 +70,7 @@ class QueryWatch:
         self._max_fingerprints = max_fingerprints
         self._max_pending = max_pending
         self._samples_per_flush = samples_per_flush
+        self._redaction = redaction
         self._clock = clock
         self._hurry = hurry
         self._lock = threading.Lock()
@@ -103,11 +111,11 @@ class QueryWatch:
         """Keep a measurement until it is taken; one that is not finite is dropped."""
         value = float(value)
         metric: dict[str, Any] = {
-            "metric_name": redacted(name),
+            "metric_name": self._redaction.text(name),
             "metric_value": value,
-            "metric_unit": redacted(unit),
+            "metric_unit": None if unit is None else self._redaction.text(unit),
             "timestamp": moment(self._clock()),
-            "metadata": None if metadata is None else redacted_mapping(metadata),
+            "metadata": None if metadata is None else self._redaction.mapping(metadata),
         }
         with self._lock:
             if not math.isfinite(value):
@@ -197,11 +205,14 @@ class QueryWatch:
                 "execution_time": seconds * 1000,
                 "rows_returned": rows,
                 "timestamp": moment(now),
-                "user_id": None if user_id is None else str(user_id),
-                "api_endpoint": name,
+                "user_id": None if user_id is None else str(self._pseudonym(user_id)),
+                "api_endpoint": None if name is None else self._redaction.text(name),
                 "error": error or sqlstate,
             }
         )
+
+    def _pseudonym(self, user_id: UUID) -> UUID:
+        return self._redaction.hashed_uuid(user_id) if self._redaction.is_hashed("user_id") else user_id
 
     def _append(self, queue: deque[Any], entry: object) -> None:
         if len(queue) >= self._max_pending:
@@ -399,6 +410,7 @@ def names_of(error: BaseException | str | None) -> tuple[str | None, str | None]
         return None, None
     if isinstance(error, BaseException):
         return getattr(error, "sqlstate", None), type(error).__name__
-    if _ERROR_NAME.fullmatch(error) is None:
-        return None, "unknown"
-    return (error, None) if re.fullmatch("[0-9A-Z]{5}", error) else (None, error)
+    if _SQLSTATE.fullmatch(error):
+        return error, None
+    known = _ERROR_NAME.fullmatch(error) or hasattr(errors, error) or isinstance(getattr(builtins, error, None), type)
+    return None, error if known else "unknown"

@@ -12,7 +12,10 @@ from typing import Final, Literal
 
 import attrs
 
-__all__ = ["Action", "Decision", "Failure", "Phase", "decide"]
+__all__ = ["UNTIL_FRESH", "Action", "Decision", "Failure", "Phase", "decide"]
+
+UNTIL_FRESH = 200
+"""Attempts that end with a new connection, since each takes one that was in the pool away: more than a pool holds."""
 
 
 class Phase(enum.Enum):
@@ -52,6 +55,7 @@ class Failure:
         on_replica: Whether it ran on a replica.
         stale_plan: Whether the server refused a cached plan (0A000 with that message).
         in_prologue: Whether the prologue itself failed, so that nothing of the operation ran.
+        on_fresh_connection: Whether nobody had used the connection before this call.
     """
 
     kind: Literal["read", "write"]
@@ -61,6 +65,7 @@ class Failure:
     on_replica: bool = False
     stale_plan: bool = False
     in_prologue: bool = False
+    on_fresh_connection: bool = False
 
 
 @attrs.frozen
@@ -111,8 +116,11 @@ def decide(failure: Failure) -> Decision:
             return Decision(Action.PRIMARY, f"{_CONFLICT_STATES[state]} on a replica", until_deadline=True)
         return Decision(Action.RETRY, _CONFLICT_STATES[state])
     if failure.in_prologue and state == "42501":
-        # An earlier operation's SET ROLE outlived its transaction; another connection has its own role still.
-        return Decision(Action.FAIL_OVER, "the connection's role was changed", discard=True, limit=2)
+        if failure.on_fresh_connection:
+            return Decision(Action.RAISE, "the login may not act for anybody", discard=True)
+        # An earlier operation's SET ROLE outlived its transaction, maybe on several connections: the first that is new
+        # tells whether the login itself is at fault.
+        return Decision(Action.FAIL_OVER, "the connection's role was changed", discard=True, limit=UNTIL_FRESH)
     if failure.phase is Phase.COMMIT and failure.kind == "write":
         return _decide_commit(failure)
     if state in _AMBIGUOUS_STATES:

@@ -16,6 +16,8 @@ from equitie_data.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from equitie_data.credentials import Password
+
 __all__ = ["PRESETS", "Replica", "Settings", "masked_dsn"]
 
 Environment: TypeAlias = Literal["development", "staging", "production"]
@@ -49,11 +51,14 @@ def _check_dsn(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     try:
         parts = conninfo_to_dict(value)
     except ProgrammingError:
-        # libpq's own message quotes the string, password and all.
+        # libpq's own message quotes the string, password and all; hence not raised in here, where that message would
+        # become the error's context.
+        parts = None
+    if parts is None:
         raise ConfigurationError(
             f"{attribute.name} is not a PostgreSQL connection string: write it as "
             "postgresql://user:password@host:5432/database, with special characters percent-encoded."
-        ) from None
+        )
     if not parts:
         raise ConfigurationError(f"{attribute.name} is empty: give a PostgreSQL connection string.")
 
@@ -78,6 +83,11 @@ def _environment(_: object, attribute: attrs.Attribute[Any], value: str) -> None
         raise ConfigurationError(
             f"{attribute.name} must be one of {', '.join(PRESETS)}{_nearest(str(value), PRESETS)}."
         )
+
+
+def _check_password(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (callable(value) or (isinstance(value, str) and value)):
+        raise ConfigurationError(f"{attribute.name} must be text, or a callable that returns it.")
 
 
 def _pooler(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
@@ -128,6 +138,9 @@ class Settings:
 
     Attributes:
         dsn: The primary, as the application's login role.
+        password: The password of every node, or a callable that is given an `equitie_data.credentials.Endpoint` and
+            returns it. It is asked for every new connection; whoever wants to cache the answer does so in it. For
+            `AsyncDatabase` it may return an awaitable. The connection strings then hold no password.
         environment: Chooses the pool's size; see `PRESETS`.
         replicas: Read replicas.
         max_size: Most connections per node; the environment's preset when left out.
@@ -161,6 +174,9 @@ class Settings:
     """
 
     dsn: str = attrs.field(repr=masked_dsn, validator=_check_dsn)
+    password: Password | None = attrs.field(
+        default=None, repr=lambda value: "None" if value is None else "***", validator=_check_password
+    )
     environment: Environment = attrs.field(default="development", validator=_environment)
     replicas: tuple[Replica, ...] = attrs.field(default=(), converter=_replicas)
     max_size: int = attrs.field(default=attrs.Factory(_preset_max_size, takes_self=True), validator=_count)
@@ -205,6 +221,10 @@ class Settings:
             raise ConfigurationError(
                 f"retry_pause_limit ({self.retry_pause_limit}) is below retry_pause ({self.retry_pause})."
             )
+        if self.password is not None and any(
+            conninfo_to_dict(dsn).get("password") for dsn in (self.dsn, *(each.dsn for each in self.replicas))
+        ):
+            raise ConfigurationError("A connection string holds a password, and password is set too: choose one.")
         if len({replica.dsn for replica in self.replicas}) != len(self.replicas):
             raise ConfigurationError("replicas names the same replica twice: each connection string may stand once.")
 

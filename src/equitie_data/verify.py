@@ -9,6 +9,7 @@ import attrs
 
 from equitie_data._log import get_logger
 from equitie_data.connect import connect, target_of
+from equitie_data.credentials import with_password
 from equitie_data.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def verified(settings: Settings) -> Settings:
 def explain_no_primary(settings: Settings) -> UnavailableError:
     """Say why nothing can be written, where some node answered and none of them takes writes."""
     try:
-        connect(settings.dsn).close()
+        connect(with_password(settings.dsn, settings.password)).close()
     except UnavailableError as error:
         return error
     return UnavailableError(f"{target_of(settings.dsn)} takes no writes, and no other node does.")
@@ -72,6 +73,7 @@ def _first_connection(settings: Settings) -> tuple[Connection[Any], Settings]:
 
 
 def _connect(dsn: str, settings: Settings) -> tuple[Connection[Any], Settings]:
+    dsn = with_password(dsn, settings.password)
     try:
         return connect(dsn, **settings.connection_parameters()), settings
     except UnavailableError as error:

@@ -41,8 +41,9 @@ import pytest
 import equitie_data
 from equitie_data import __main__ as command_line
 from equitie_data import _default, errors, hooks, migrate, retry, settings
-from equitie_data._migration_grant import DATABASE_ROLES
 from equitie_data.embedded import EmbeddedServer
+from equitie_data.migrations.command_line import _COMMANDS as MIGRATE_COMMANDS
+from equitie_data.migrations.grant import DATABASE_ROLES
 from equitie_data.pool import ConnectionPools
 from equitie_data.testing import DatabaseTemplate, fresh_database
 
@@ -329,7 +330,7 @@ def test_the_commands_and_their_options_are_those_of_the_help(capsys: pytest.Cap
     sections = dict(
         re.findall(r"^## `python -m equitie_data ([a-z ]+)`$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     )
-    commands = set(command_line._COMMANDS) | {f"migrate {name}" for name in migrate._COMMANDS}
+    commands = set(command_line._COMMANDS) | {f"migrate {name}" for name in MIGRATE_COMMANDS}
     assert set(sections) == commands
     for command, section in sections.items():
         with pytest.raises(SystemExit):
@@ -362,7 +363,8 @@ def resolve(name: str) -> Any:
     first, *rest = name.split(".")
     if name in {"Database.execute_read", "Database.execute_write"}:
         return getattr(ConnectionPools, rest[0])
-    names = ["context", "csv_import", "embedded", "migrate", "monitor", "pool"]
+    names = ["bulk", "context", "csv_import", "doctor", "embedded", "maintenance", "migrate", "monitor", "pool"]
+    names += ["redaction", "transaction_id", "transactions"]
     modules = [equitie_data, *(importlib.import_module(f"equitie_data.{name}") for name in names)]
     # `equitie_data.migrate` is a module, and the function of that name is in it.
     candidates = (getattr(module, first, None) for module in modules)
@@ -412,6 +414,7 @@ def test_the_table_of_retries_is_what_the_code_decides() -> None:
     failures = [*({"sqlstate": state} for state in states), {"sqlstate": "25006"}, {"sqlstate": "23505"}]
     failures += [{"sqlstate": None, "connection_lost": True}, {"sqlstate": "0A000", "stale_plan": True}]
     failures += [{"sqlstate": "42501", "in_prologue": True}, {"sqlstate": "42501"}]
+    failures += [{"sqlstate": "42501", "in_prologue": True, "on_fresh_connection": True}]
     failures += [{"sqlstate": "58030", "connection_lost": True}]
     unused = list(rows)
     for call in ("read", "write"):
@@ -432,7 +435,8 @@ def how_often(decision: retry.Decision) -> str:
         return "-"
     if decision.until_deadline:
         return "until the deadline"
-    return "attempts" if decision.limit is None else {2: "twice"}[decision.limit]
+    times = {None: "attempts", 2: "twice", retry.UNTIL_FRESH: "until a new connection"}
+    return times[decision.limit]
 
 
 def covers(row: list[str], failure: retry.Failure) -> bool:
@@ -445,6 +449,8 @@ def covers(row: list[str], failure: retry.Failure) -> bool:
     if what.endswith("on a replica") and not failure.on_replica:
         return False
     if "in the prologue" in what and not failure.in_prologue:
+        return False
+    if "on a new connection" in what and not failure.on_fresh_connection:
         return False
     said_nothing = failure.connection_lost and failure.sqlstate is None
     return (
@@ -464,12 +470,10 @@ SELECT concat_ws(', ',
     SELECT p FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS p
     WHERE has_table_privilege(%(role)s, %(table)s, p)
   ), ', '), ''),
-  CASE
-    WHEN
-      has_any_column_privilege(%(role)s, %(table)s, 'UPDATE')
-      AND NOT has_table_privilege(%(role)s, %(table)s, 'UPDATE')
-    THEN 'UPDATE of some columns'
-  END
+  nullif(array_to_string(ARRAY(
+    SELECT p || ' of some columns' FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS p
+    WHERE has_any_column_privilege(%(role)s, %(table)s, p) AND NOT has_table_privilege(%(role)s, %(table)s, p)
+  ), ', '), '')
 )
 """
 RELATIONS = """
@@ -481,7 +485,9 @@ WHERE c.relkind IN ('r', 'p', 'm', 'v') AND n.nspname IN ('public', 'equitie_pri
 FUNCTIONS = """
 SELECT p.oid::regprocedure::text, r
 FROM pg_catalog.pg_proc AS p, unnest(%s::text[]) AS r
-WHERE p.pronamespace = 'equitie_private'::regnamespace AND has_function_privilege(r, p.oid, 'EXECUTE')
+WHERE
+  p.pronamespace::regnamespace::text IN ('public', 'equitie_private')
+  AND has_function_privilege(r, p.oid, 'EXECUTE')
 """
 
 
@@ -491,7 +497,11 @@ def test_the_matrix_of_privileges_is_the_databases(
     page = read("docs/reference/database.md")
     tested = {**dict.fromkeys(DATABASE_ROLES), "login role": "equitie_test_app"}
     roles = {name: real or name for name, real in tested.items()}
-    with template.copy() as dbname, psycopg.connect(documented_server.dsn(dbname)) as owner:
+    with (
+        template.copy() as dbname,
+        # Every name is printed with its schema, those of public too.
+        psycopg.connect(documented_server.dsn(dbname), options="-c search_path=") as owner,
+    ):
         described = {row[0]: row[1:] for row in tables(page, "relation", *roles)}
         assert set(described) == {row[0] for row in owner.execute(RELATIONS)}
         for table, cells in described.items():

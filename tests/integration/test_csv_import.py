@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import gzip
 import io
 import itertools
@@ -25,7 +26,6 @@ from equitie_data.csv_rows import scaled
 from equitie_data.errors import ImportFileError
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Callable
     from pathlib import Path
 
@@ -430,6 +430,20 @@ def test_only_months_with_rows_get_partitions(database: Database, owner: Owner) 
     )
     assert names == [("transactions_clean_1911_01",), ("transactions_clean_1911_03",), ("transactions_clean_1911_04",)]
     assert owner("SELECT count(*) FROM equitie_part.transactions_clean_default") == [(0,)]
+
+
+def test_rows_older_than_the_retention_are_imported_and_counted(database: Database, owner: Owner) -> None:
+    ((first_day,),) = owner("SELECT equitie_private.retention_start('public.transactions_clean')")
+    before = first_day - dt.timedelta(days=1)
+    report = load(database, line(date=f"{before}"), line(date="1911-03-01"), line(date=f"{first_day}"))
+    assert (report.inserted, report.past_retention) == (3, 2)
+    assert json.loads(report.to_json())["past_retention"] == 2
+    assert "2 rows are older than the retention" in report.to_table()
+    again = load(database, line(date=f"{first_day}", amount="2"), line(date="1911-03-01"))
+    assert (again.inserted, again.duplicates, again.past_retention) == (1, 1, 0)
+    assert "retention" not in again.to_table()
+    owner("UPDATE equitie_private.retention_policies SET keep = NULL RETURNING 1")
+    assert load(database, line(date="1911-05-01")).past_retention == 0
 
 
 def test_duplicates_and_rejects_make_no_partition(database: Database, owner: Owner) -> None:

@@ -52,8 +52,8 @@ def test_a_newer_history_is_refused(app_dsn: str, owner_dsn: str) -> None:
     with psycopg.connect(owner_dsn) as owner:
         copied = "sha256, state, started_at, finished_at, duration_ms, applied_by, server_version, package_version"
         owner.execute(
-            f"INSERT INTO equitie_migrations.history (version, name, {copied}) "
-            f"SELECT 9999, 'from_the_future', {copied} FROM equitie_migrations.history "
+            f"INSERT INTO equitie_migrations.history (version, name, compatible_since, {copied}) "
+            f"SELECT 9999, 'from_the_future', 9999, {copied} FROM equitie_migrations.history "
             "ORDER BY version DESC LIMIT 1"
         )
     with pytest.raises(HistoryTooNewError), Database(app_dsn):

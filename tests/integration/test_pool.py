@@ -610,3 +610,20 @@ def test_user_ids_may_be_uuid_or_text(database: Database) -> None:
     for form in (user, str(user)):
         with acting_as(form):
             assert database.execute_read(WHO)[0][1] == str(user)
+
+
+def test_roles_left_behind_on_every_connection_cost_no_call(app_dsn: str) -> None:
+    everybody = threading.Barrier(4)
+
+    def leave_a_role_behind(conn: Connection[Any]) -> None:
+        everybody.wait(20)
+        conn.execute("SET ROLE authenticated")
+
+    def spoil(_: int) -> None:
+        with as_service("test"):
+            database.execute_write(leave_a_role_behind, retry=False)
+
+    settings = Settings(dsn=app_dsn, min_size=4, max_size=4, read_attempts=1)
+    with Database(settings) as database, ThreadPoolExecutor(4) as threads, as_service("test"):
+        list(threads.map(spoil, range(4)))
+        assert [database.execute_read(WHO) for _ in range(8)] == [[("service_role", None)]] * 8

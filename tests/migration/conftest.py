@@ -11,8 +11,13 @@ import attrs
 import psycopg
 import pytest
 
+from equitie_data import _sql
+from equitie_data.migrations import current, directories, files
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from equitie_data.migrations.files import Migration
 
 PEOPLE = {
     "investor_a": "investor",
@@ -149,3 +154,28 @@ def add_transactions() -> Callable[[Platform, int], None]:
         )
 
     return add
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Migration, ...]]:
+    """Have this release ship other migrations: given texts by name, after the given number of real ones."""
+
+    def ship(texts: dict[str, str], *, real: int = 0) -> tuple[Migration, ...]:
+        kept = {
+            name: text
+            for name, text in _sql.migration_texts().items()
+            if real >= int(name[:4]) and name.partition(".")[0] not in texts
+        }
+        shipped = directories.read_directory(files.OURS, {**kept, **texts}, "sql/migrations")
+        for module in (directories, current):
+            monkeypatch.setattr(module, "ours", lambda: shipped)
+        return shipped.migrations
+
+    return ship
+
+
+@pytest.fixture
+def owner(empty_dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    """An autocommit connection of the owner of `empty_dsn`."""
+    with psycopg.connect(empty_dsn, autocommit=True) as conn:
+        yield conn

@@ -87,13 +87,15 @@ def test_many_rows_of_one_statement_are_paired_rightly(
     for _ in range(7):
         platform.owner.execute("UPDATE transactions_clean SET units = coalesce(units, 0) + 1 WHERE amount = 1")
     mark = platform.mark()
-    platform.owner.execute("UPDATE transactions_clean SET amount = amount * 10, transaction_id = -transaction_id")
+    platform.owner.execute(
+        "UPDATE transactions_clean SET amount = amount * 10, transaction_id = transaction_id % 100000000 + 1"
+    )
 
     events = platform.events_after(mark, "entity_id", "changes")
     assert len(events) == 506
     for entity_id, changes in events:
         assert changes["before"]["transaction_id"] == int(entity_id)
-        assert changes["after"]["transaction_id"] == -int(entity_id)
+        assert changes["after"]["transaction_id"] == int(entity_id) % 100_000_000 + 1
         assert changes["after"]["amount"] == 10 * changes["before"]["amount"]
 
 

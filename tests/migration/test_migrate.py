@@ -14,8 +14,7 @@ import attrs
 import psycopg
 import pytest
 
-from equitie_data import _migration_files, _migration_run, migrate
-from equitie_data._migration_files import Migration, migrations, parse_migration
+from equitie_data import migrate
 from equitie_data.errors import (
     ChecksumDriftError,
     HistoryTooNewError,
@@ -24,33 +23,18 @@ from equitie_data.errors import (
     NotMigratedError,
     UnavailableError,
 )
+from equitie_data.migrations import directories, operations, session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.migration.conftest import Platform
 
-LAST = migrations()[-1]
+    from equitie_data.migrations.files import Migration
+
+SHIPPED = directories.ours().migrations
+LAST = SHIPPED[-1]
 A_MONTH = "transactions_clean FOR VALUES FROM ('2001-01-01') TO ('2001-02-01')"
-
-
-@pytest.fixture
-def release(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Migration, ...]]:
-    """Have this release ship other migrations: given texts by name, after the given number of real ones."""
-
-    def ship(texts: dict[str, str], *, real: int = 0) -> tuple[Migration, ...]:
-        shipped = (*migrations()[:real], *(parse_migration(name, text) for name, text in texts.items()))
-        for module in (migrate, _migration_run, sys.modules["equitie_data._migration_history"]):
-            monkeypatch.setattr(module, "migrations", lambda: shipped)
-        return shipped
-
-    return ship
-
-
-@pytest.fixture
-def owner(empty_dsn: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(empty_dsn, autocommit=True) as conn:
-        yield conn
 
 
 def value(conn: psycopg.Connection[Any], query: str) -> Any:
@@ -78,14 +62,14 @@ def test_an_empty_database_gets_every_migration_and_a_second_run_none(
     empty_dsn: str, owner: psycopg.Connection[Any]
 ) -> None:
     report = migrate.migrate(empty_dsn)
-    assert [entry.version for entry in report.applied] == [migration.version for migration in migrations()]
+    assert [entry.version for entry in report.applied] == [migration.version for migration in SHIPPED]
     assert report.current == LAST.label
     assert {entry.attempts for entry in report.applied} == {1}
 
     again = migrate.migrate(empty_dsn)
     assert again.applied == ()
     assert again.current == LAST.label
-    assert history(owner) == [(migration.version, "applied") for migration in migrations()]
+    assert history(owner) == [(migration.version, "applied") for migration in SHIPPED]
     assert migrate.verify(empty_dsn) == ()
     migrate.check_current(owner)
 
@@ -95,7 +79,9 @@ def test_it_stops_where_it_is_told_and_goes_on_from_there(empty_dsn: str, owner:
     with pytest.raises(NotMigratedError, match=r"lacks \d+ migrations .* from 0003_"):
         migrate.check_current(owner)
     assert [entry.version for entry in migrate.migrate(empty_dsn, to="partition_transactions_table").applied] == [3, 4]
-    assert [migration.version for migration in migrate.pending(empty_dsn)] == list(range(5, LAST.version + 1))
+    assert [migration.version for migration in migrate.pending(empty_dsn)] == [
+        migration.version for migration in SHIPPED[4:]
+    ]
     migrate.migrate(empty_dsn)
     with pytest.raises(MigrationError, match="no migration frobnicate"):
         migrate.migrate(empty_dsn, to="frobnicate")
@@ -117,7 +103,7 @@ def test_rows_ids_and_the_sequence_survive_partitioning(empty_dsn: str, owner: p
     before = owner.execute("SELECT to_jsonb(t) FROM transactions_clean t ORDER BY transaction_id").fetchall()
     newest = value(owner, "SELECT max(transaction_id) FROM transactions_clean")
 
-    migrate.migrate(empty_dsn)
+    migrate.migrate(empty_dsn, to=4)
 
     assert owner.execute("SELECT to_jsonb(t) FROM transactions_clean t ORDER BY transaction_id").fetchall() == before
     # The mistyped year, infinity, and what lies more than a year ahead wait in the default partition.
@@ -162,12 +148,12 @@ def test_two_runs_at_once_share_the_work(empty_dsn: str, owner: psycopg.Connecti
     outcomes = [(*process.communicate(timeout=60), process.returncode) for process in processes]
     assert [(error, code) for _, error, code in outcomes] == [("", 0)] * 3
     applied = [entry["version"] for output, *_ in outcomes for entry in json.loads(output)["applied"]]
-    assert sorted(applied) == [migration.version for migration in migrations()]
-    assert history(owner) == [(migration.version, "applied") for migration in migrations()]
+    assert sorted(applied) == [migration.version for migration in SHIPPED]
+    assert history(owner) == [(migration.version, "applied") for migration in SHIPPED]
 
 
 def test_a_run_that_waits_too_long_names_the_one_it_waits_for(empty_dsn: str, owner: psycopg.Connection[Any]) -> None:
-    owner.execute("SELECT pg_advisory_lock(%s)", (_migration_run._ADVISORY_LOCK,))
+    owner.execute("SELECT pg_advisory_lock(%s)", (session._ADVISORY_LOCK,))
     with pytest.raises(MigrationLockTimeoutError, match=f"server process {owner.info.backend_pid}"):
         migrate.migrate(empty_dsn, wait=0.2)
 
@@ -176,7 +162,7 @@ def test_the_history_holds_where_the_advisory_lock_does_not(
     empty_dsn: str, owner: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As behind a transaction pooler: every run believes that it is alone.
-    monkeypatch.setattr(_migration_run, "_take_turn", lambda _conn, _wait: None)
+    monkeypatch.setattr(session, "_take_turn", lambda _conn, _wait: None)
     migrate.migrate(empty_dsn, to=1)
     errors: list[BaseException] = []
 
@@ -192,7 +178,7 @@ def test_the_history_holds_where_the_advisory_lock_does_not(
     for thread in threads:
         thread.join()
     assert errors == []
-    assert sorted(history(owner)) == [(migration.version, "applied") for migration in migrations()]
+    assert sorted(history(owner)) == [(migration.version, "applied") for migration in SHIPPED]
 
 
 def test_a_changed_file_is_drift(
@@ -214,10 +200,10 @@ def test_a_changed_file_is_drift(
 def test_a_database_of_a_newer_release_is_left_alone(
     empty_dsn: str, owner: psycopg.Connection[Any], release: Callable[..., tuple[Migration, ...]]
 ) -> None:
-    release({"0001_a": "SELECT 1;", "0002_from_tomorrow": "SELECT 1;"})
+    release({"0001_a": "SELECT 1;", "0002_from_tomorrow": "-- equitie: compatible_since=0002\nSELECT 1;"})
     migrate.migrate(empty_dsn)
     release({"0001_a": "SELECT 1;"})
-    for call in (migrate.migrate, migrate.pending):
+    for call in (migrate.migrate, migrate.pending, migrate.plan):
         with pytest.raises(HistoryTooNewError, match="0002_from_tomorrow"):
             call(empty_dsn)
     with pytest.raises(HistoryTooNewError):
@@ -276,7 +262,7 @@ def test_a_migration_outside_a_transaction_is_resumed(
         "SELECT a FROM public.b;\n"
     )
     release({"0001_a": text})
-    with pytest.raises(MigrationError, match=r"line 4.*before that line are applied"):
+    with pytest.raises(MigrationError, match=r"line 4.*goes on with that statement"):
         migrate.migrate(empty_dsn)
     assert value(owner, "SELECT to_regclass('public.idx_a')") is not None
     owner.execute("CREATE TABLE public.b (a int)")
@@ -305,7 +291,7 @@ def test_a_lock_that_stays_held_is_an_error_after_some_attempts(
     release: Callable[..., tuple[Migration, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_migration_run, "_ATTEMPTS", 2)
+    monkeypatch.setattr(session, "_ATTEMPTS", 2)
     owner.execute("CREATE TABLE public.busy (a int)")
     release({"0001_a": "ALTER TABLE public.busy ADD COLUMN b int;"})
     with psycopg.connect(empty_dsn) as holding:
@@ -389,7 +375,7 @@ def test_verify_finds_what_was_altered(platform: Platform, owner_dsn: str, break
 def test_the_command_line_migrates_and_says_so_in_80_columns(empty_dsn: str) -> None:
     done = run(dsn=empty_dsn)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{len(migrations())} migrations applied" in done.stdout
+    assert f"{len(SHIPPED)} migrations applied" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     again = run("up", dsn="postgresql://nowhere.invalid/", MIGRATION_DATABASE_URL=empty_dsn)
     assert again.returncode == 0
@@ -408,7 +394,7 @@ def test_the_command_line_plans_without_changing_anything(empty_dsn: str, owner:
     assert "CREATE TABLE public.companies_clean" in planned.stdout
     status = run("status", dsn=empty_dsn)
     assert (status.returncode, status.stderr) == (1, "")
-    assert f"0 applied, {len(migrations())} pending" in status.stdout
+    assert f"0 applied, {len(SHIPPED)} pending" in status.stdout
     assert value(owner, "SELECT to_regnamespace('equitie_migrations')") is None
 
 
@@ -429,14 +415,15 @@ def test_options_stand_before_or_after_the_command(
         seen.append({"dsn": dsn, **options})
         return migrate.MigrationReport(applied=(), current=None, server_version="18", seconds=0.0)
 
-    monkeypatch.setattr(migrate, "migrate", fake)
+    monkeypatch.setattr(operations, "migrate", fake)
     for arguments in (
         ["--dsn", "d", "--json", "--lock-timeout", "3", "--to", "2"],
         ["--dsn", "d", "--json", "--lock-timeout", "3", "--to", "2", "up"],
         ["up", "--dsn", "d", "--json", "--lock-timeout", "3", "--to", "2"],
     ):
         assert migrate.main(arguments) == 0
-    assert seen == [{"dsn": "d", "to": "2", "lock_timeout": 3.0, "wait": 600.0}] * 3
+    expected = {"to": "2", "before_deployment": False, "directories": {}, "lock_timeout": 3.0, "wait": 600.0}
+    assert seen == [{"dsn": "d", **expected}] * 3
     assert json.loads(capsys.readouterr().out.split("}\n{")[0] + "}")["current"] is None
 
 
@@ -485,7 +472,7 @@ def test_a_replica_is_refused(server: Any, tmp_path: Any) -> None:
 
 
 def test_an_old_server_is_refused(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_migration_run, "_OLDEST_SERVER", 990000)
+    monkeypatch.setattr(session, "_OLDEST_SERVER", 990000)
     with pytest.raises(MigrationError, match="15 or newer"):
         migrate.migrate(empty_dsn)
 
@@ -497,8 +484,8 @@ def test_a_database_that_is_not_there_is_named(server: Any) -> None:
 
 def test_a_migration_is_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        migrations()[0].name = "x"  # type: ignore[misc]
-    assert _migration_files.migrations() is migrations()
+        SHIPPED[0].name = "x"  # type: ignore[misc]
+    assert directories.ours() is directories.ours()
 
 
 def test_status_says_when(empty_dsn: str) -> None:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equitie_data import _sql
-from equitie_data._migration_files import Migration, migrations, parse_migration, split_statements, verifications
 from equitie_data.errors import MigrationError
+from equitie_data.migrations.directories import ours
+from equitie_data.migrations.files import Migration, parse_migration
+from equitie_data.migrations.statements import split_statements
 
 PLATFORM_NAMES = [
     "optimize_indexes_and_add_foreign_keys",
@@ -22,18 +24,18 @@ PLATFORM_NAMES = [
 
 
 def test_numbers_follow_each_other() -> None:
-    assert [migration.version for migration in migrations()] == list(range(1, len(migrations()) + 1))
+    assert [migration.version for migration in ours().migrations] == list(range(1, len(ours().migrations) + 1))
 
 
 def test_the_platforms_five_migrations_come_in_their_order() -> None:
-    names = [migration.name for migration in migrations()]
+    names = [migration.name for migration in ours().migrations]
     assert [name for name in names if name in PLATFORM_NAMES] == PLATFORM_NAMES
 
 
 @pytest.mark.parametrize("name", list(_sql.migration_texts()))
 def test_a_file_is_named_and_written_as_the_others(name: str) -> None:
     text = _sql.migration_texts()[name]
-    assert re.fullmatch(r"\d{4}_[a-z0-9]+(_[a-z0-9]+)*(\.verify)?", name)
+    assert re.fullmatch(r"\d{4}_[a-z0-9]+(_[a-z0-9]+)*(\.(verify|down))?", name)
     assert text.isascii()
     assert text.endswith(";\n")
     assert "\t" not in text
@@ -43,12 +45,12 @@ def test_a_file_is_named_and_written_as_the_others(name: str) -> None:
 
 
 def test_every_verification_belongs_to_a_migration() -> None:
-    assert set(verifications()) <= {migration.label for migration in migrations()}
-    for queries in verifications().values():
+    assert set(ours().verifications) <= {migration.label for migration in ours().migrations}
+    for queries in ours().verifications.values():
         assert all(re.match(r"SELECT\b", query.text) for query in queries)
 
 
-@pytest.mark.parametrize("migration", migrations(), ids=lambda migration: migration.label)
+@pytest.mark.parametrize("migration", ours().migrations, ids=lambda migration: migration.label)
 def test_a_migration_says_what_it_is_for_and_names_schemas(migration: Migration) -> None:
     assert re.fullmatch(r".{20,200}\.", migration.summary)
     for statement in migration.statements:

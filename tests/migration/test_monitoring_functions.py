@@ -72,7 +72,7 @@ def test_sketches_add_up_bucket_by_bucket_in_any_order(
     assert platform.one(f"SELECT {add}({add}(%s, %s), %s)", *texts) == expected
     assert platform.one(f"SELECT {add}(%s, {add}(%s, %s))", *texts) == expected
     assert platform.one(
-        "SELECT equitie_private.sum_buckets(s) FROM unnest(%s::jsonb[]) AS u (s)", [*texts, None]
+        "SELECT equitie_private.sum_buckets(%s::jsonb[])", [*texts, None]
     ) == expected  # fmt: skip
 
 

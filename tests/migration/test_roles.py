@@ -12,9 +12,9 @@ import pytest
 from psycopg import sql
 
 from equitie_data import migrate
-from equitie_data._migration_files import migrations
 from equitie_data.embedded import EmbeddedServer
 from equitie_data.errors import MigrationError
+from equitie_data.migrations.directories import ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,7 @@ def test_an_owner_who_is_no_superuser_migrates_and_grants(
     owned_database: tuple[str, str], superuser: psycopg.Connection[Any]
 ) -> None:
     _, dsn = owned_database
-    assert len(migrate.migrate(dsn).applied) == len(migrations())
+    assert len(migrate.migrate(dsn).applied) == len(ours().migrations)
     assert migrate.verify(dsn) == ()
     # Without BYPASSRLS, which this owner may not give.
     assert attributes_of(superuser) == dict.fromkeys(ROLES, (False,) * 5)
@@ -123,7 +123,7 @@ def test_an_owner_who_may_not_create_roles_is_told_what_is_missing(
     # With roles that a superuser made beforehand, CREATEROLE is not needed; granting them is another matter.
     for name in ROLES:
         superuser.execute(sql.SQL("CREATE ROLE {} NOLOGIN NOINHERIT").format(sql.Identifier(name)))
-    assert migrate.migrate(dsn).current == migrations()[-1].label
+    assert migrate.migrate(dsn).current == ours().migrations[-1].label
     with login(superuser, "plain_app"):
         with pytest.raises(MigrationError, match="GRANT anon, authenticated, equitie_staff, service_role TO"):
             migrate.grant(dsn, "plain_app")
@@ -176,7 +176,7 @@ def test_databases_of_one_cluster_are_migrated_at_once(
             thread.start()
         for thread in threads:
             thread.join()
-        assert reports == [migrations()[-1].label] * 4
+        assert reports == [ours().migrations[-1].label] * 4
     finally:
         for name in names:
             superuser.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
@@ -274,3 +274,16 @@ def test_default_privileges_of_a_platform_open_nothing(empty_dsn: str, platform:
         found = acl(owner)
         assert found == acl(platform.owner)
         assert not any(grantee in {"anon", "-"} for _, grantee, _ in found)
+
+
+def test_an_owner_who_is_no_superuser_adopts_and_takes_back(owned_database: tuple[str, str]) -> None:
+    _, dsn = owned_database
+    migrate.migrate(dsn, to=9)
+    with psycopg.connect(dsn, autocommit=True) as owner:
+        owner.execute("DROP SCHEMA equitie_migrations CASCADE")
+    report = migrate.baseline(dsn)
+    assert report.differences == ()
+    assert len(report.recorded) == 9
+    migrate.down(dsn, "0009")
+    assert migrate.migrate(dsn).current == ours().migrations[-1].label
+    assert migrate.verify(dsn) == ()

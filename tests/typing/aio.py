@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from psycopg.rows import dict_row, scalar_row, tuple_row
 from typing_extensions import assert_type
 
 from equitie_data import AsyncDatabase, AuditAction, PerformanceMonitor, Settings
+from equitie_data.transaction_row import TransactionRow
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -73,6 +75,12 @@ async def an_operation_is_any_async_callable(
 ) -> None:
     assert_type(await database.execute_read(operation), dict[int, Decimal])
     assert_type(await database.execute_write(operation), dict[int, Decimal])
+
+
+async def transactions(database: AsyncDatabase) -> None:
+    assert_type(await database.transactions.get(7), TransactionRow | None)
+    assert_type(await database.transactions.get_many([7]), dict[int, TransactionRow])
+    assert_type(await database.transactions.correct_date(7, dt.date(2024, 11, 5)), TransactionRow)
 
 
 async def audit(database: AsyncDatabase) -> None:

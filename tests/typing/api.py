@@ -6,6 +6,7 @@ is an error too. So a signature that gets wider or narrower by accident is notic
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from dataclasses import dataclass
 from decimal import Decimal
@@ -34,6 +35,7 @@ from equitie_data import (
     get_performance_monitor,
 )
 from equitie_data.hooks import Hook, StatementEnded
+from equitie_data.transaction_row import TransactionRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,6 +183,13 @@ def an_operation_is_any_callable(
 ) -> None:
     assert_type(database.execute_read(operation), dict[int, Decimal])
     assert_type(database.execute_write(operation), dict[int, Decimal])
+
+
+def transactions(database: Database) -> None:
+    assert_type(database.transactions.get(7), TransactionRow | None)
+    assert_type(database.transactions.get_many(range(7), consistency="eventual"), dict[int, TransactionRow])
+    assert_type(database.transactions.correct_date(7, dt.date(2024, 11, 5)), TransactionRow)
+    database.transactions.get("7")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def errors(database: Database) -> str:

@@ -21,7 +21,7 @@ PACKAGE = Path(equitie_data.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
 
 # They put a Database together for somebody, and nothing builds on them. Command lines, which define main(), too.
-ENTRY_POINTS = {"__init__", "__main__", "_default", "demo", "embedded", "testing"}
+ENTRY_POINTS = {"__init__", "__main__", "_default", "bulk", "demo", "embedded", "testing"}
 WATCHERS = [module for module in MODULES if module.startswith(("audit", "cache", "monitor"))]
 
 IMPORTED_UNDER_WATCH = """

@@ -15,7 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equitie_data.redaction import CUT, LONGEST_TEXT, MASK, MOST_ENTRIES, MOST_VALUES, is_secret, redacted
+from equitie_data import ConfigurationError
+from equitie_data.redaction import (
+    CUT,
+    LONGEST_TEXT,
+    MASK,
+    MOST_ENTRIES,
+    MOST_VALUES,
+    Redaction,
+    is_secret,
+    on_one_line,
+    redacted,
+)
 
 SECRET_NAMES = [
     "password",
@@ -272,3 +283,68 @@ def test_what_was_passed_is_left_as_it_was() -> None:
 def test_a_secret_name_masks_the_whole_value() -> None:
     assert redacted({"a": 1}, name="apiKey") == MASK
     assert redacted(None, name="apiKey") is None
+
+
+# --- the policy ---------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_adds_names_forms_and_hashes() -> None:
+    policy = Redaction(secret_names="net worth", patterns=r"\bDE\d{20}\b", hashed_names=["taxId"], salt=b"s" * 16)
+    seen = policy.mapping({"NetWorth": 7, "note": "from DE02120300000000202051.", "tax_id": "12/345", "password": "x"})
+    assert seen == {"NetWorth": MASK, "note": f"from {MASK}.", "tax_id": policy.hashed("12/345"), "password": MASK}
+    # A name that is secret by itself may be hashed instead, where somebody has to join by it.
+    assert policy.is_hashed("tax_id")
+    assert not policy.is_secret("tax_id")
+    assert policy.and_secret(["iq"]).value({"IQ": 1, "netWorth": 2}) == {"IQ": MASK, "netWorth": MASK}
+    assert policy.value(None, name="tax_id") is None
+    assert policy.value("x", name="net-worth") == MASK
+
+
+@given(st.text(), st.text())
+def test_hashes_are_equal_for_equal_values_alone(one: str, other: str) -> None:
+    policy = Redaction(hashed_names=["a"], salt=b"0123456789abcdef")
+    assert (policy.hashed(one) == policy.hashed(other)) == (one == other)
+
+
+def test_a_hashed_user_is_a_user_id_still() -> None:
+    policy = Redaction(hashed_names=["user_id"], salt=b"0123456789abcdef")
+    user = UUID("6f1e0e8a-0000-4000-8000-000000000001")
+    assert policy.hashed_uuid(user) == policy.hashed_uuid(user) != user
+    assert policy.hashed_uuid(user).version == 8
+    assert policy.log_field("user_id", user) == policy.hashed(user)
+
+
+@pytest.mark.parametrize("salt", [b"", b"short"])
+def test_hashes_that_could_be_tried_out_are_refused(salt: bytes) -> None:
+    with pytest.raises(ConfigurationError, match="salt of 16 bytes") as caught:
+        Redaction(hashed_names=["a"], salt=salt)
+    assert "short" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a-", 7])
+def test_a_pattern_that_is_none_is_refused(pattern: Any) -> None:
+    with pytest.raises(ConfigurationError, match="regular expressions"):
+        Redaction(patterns=[pattern])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["AKIA" + "A1B2" * 4, "ghp_" + "a1" * 18, "xoxb-1234567890-abc", "sk_live_" + "a1" * 8, "sb_secret_" + "a1" * 8],
+)
+def test_keys_with_a_form_of_their_own_are_masked_in_any_text(key: str) -> None:
+    assert redacted(f"see {key}, please") == f"see {MASK}, please"
+
+
+def test_a_field_of_a_log_is_one_line_and_numbers_stay_numbers() -> None:
+    policy = Redaction()
+    assert policy.log_field("n", 7) == 7
+    assert policy.log_field("seconds", 0.5) == 0.5
+    assert policy.log_field("name", "a\nb\x1b[2J") == "a\\nb\\x1b[2J"
+    assert policy.log_field("api_key", "x") == MASK
+    assert policy.log_field("nothing", None) is None
+    assert on_one_line("a\u2028b\u202ec\ud800") == "a\\u2028b\\u202ec\\ud800"
+    assert on_one_line("plain ünïcode") == "plain ünïcode"
+
+
+def test_a_policy_shows_no_salt() -> None:
+    assert "0123456789abcdef" not in repr(Redaction(hashed_names=["a"], salt=b"0123456789abcdef"))

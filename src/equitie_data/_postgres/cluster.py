@@ -144,7 +144,9 @@ def settings_text(settings: Mapping[str, str]) -> str:
 def write_settings(directory: DataDirectory, text: str) -> None:
     """Put settings where postgresql.conf includes them; what ALTER SYSTEM sets still comes after them."""
     durability = "" if directory.durable else "fsync = off\n"
-    directory.write(_SETTINGS_FILE, f"timezone = UTC\nlog_timezone = UTC\n{durability}{text}")
+    # A failed statement is its client's business, who hears of it; its message and its text can hold people's values.
+    quiet = "log_min_messages = log\n"
+    directory.write(_SETTINGS_FILE, f"timezone = UTC\nlog_timezone = UTC\n{quiet}{durability}{text}")
 
 
 def _locale_options(major: int) -> list[str]:

@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from equitie_data.fingerprint import normalise
 from equitie_data.hooks import StatementEnded
+from equitie_data.redaction import DEFAULT, Redaction, on_one_line
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
@@ -34,13 +35,22 @@ class OpenTelemetryHook:
         tracer: Where spans go; the global provider's when left out.
         meter: Where durations go; the global provider's when left out.
         query_text: Whether spans hold the statement, without its values.
+        redaction: What must not be written down.
     """
 
     event_types = (StatementEnded,)
 
-    def __init__(self, tracer: Tracer | None = None, meter: Meter | None = None, *, query_text: bool = True) -> None:
+    def __init__(
+        self,
+        tracer: Tracer | None = None,
+        meter: Meter | None = None,
+        *,
+        query_text: bool = True,
+        redaction: Redaction = DEFAULT,
+    ) -> None:
         self._tracer = trace.get_tracer("equitie_data") if tracer is None else tracer
         self._query_text = query_text
+        self._redaction = redaction
         self._durations = (metrics.get_meter("equitie_data") if meter is None else meter).create_histogram(
             "db.client.operation.duration",
             unit="s",
@@ -68,7 +78,7 @@ class OpenTelemetryHook:
         if event.rows is not None and event.kind == "read":
             own["db.response.returned_rows"] = event.rows
         span = self._tracer.start_span(
-            f"{operation} {event.name}" if event.name else operation or "statement",
+            f"{operation} {self._named(event.name)}" if event.name else operation or "statement",
             kind=SpanKind.CLIENT,
             attributes={**shared, **own},
             start_time=ended - round(event.seconds * 1e9),
@@ -76,3 +86,6 @@ class OpenTelemetryHook:
         if event.error is not None:
             span.set_status(Status(StatusCode.ERROR, event.error))
         span.end(end_time=ended)
+
+    def _named(self, name: str) -> str:
+        return on_one_line(self._redaction.text(name))

@@ -1,15 +1,18 @@
 """The pool's events as structured log events.
 
-Statements are logged at debug, what a tired on-call engineer wants to know at warning. Never a parameter.
+Statements are logged at debug, what a tired on-call engineer wants to know at warning. Never a parameter, and of a
+statement only its normal form, because an application may have written values into it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 import attrs
 
 from equitie_data._log import get_logger
+from equitie_data.fingerprint import normalise
 from equitie_data.hooks import (
     CommitResolved,
     Leaked,
@@ -21,8 +24,11 @@ from equitie_data.hooks import (
     Retried,
     StatementEnded,
 )
+from equitie_data.redaction import DEFAULT, Redaction
 
 __all__ = ["StructlogHook"]
+
+_normal_form = lru_cache(maxsize=5_000)(normalise)
 
 _LEVELS: Final = {
     OperationStarted: ("debug", "equitie_data.operation_started"),
@@ -42,10 +48,12 @@ class StructlogHook:
 
     Args:
         logger: A structlog logger of the application's own, to log to instead.
+        redaction: What must not be written down; ``user_id`` among its ``hashed_names`` hashes who acted.
     """
 
-    def __init__(self, logger: object | None = None) -> None:
-        self._logger = get_logger(__name__) if logger is None else logger
+    def __init__(self, logger: object | None = None, *, redaction: Redaction = DEFAULT) -> None:
+        self._logger = get_logger(__name__, redaction) if logger is None else logger
+        self._redaction = redaction
 
     def on_event(self, event: object, /) -> None:
         """Log one event."""
@@ -55,6 +63,11 @@ class StructlogHook:
         level, name = known
         fields = attrs.asdict(event, recurse=False)  # type: ignore[arg-type]
         actor = fields.pop("actor", None)
+        if "sql" in fields:
+            fields["sql"] = _normal_form(fields["sql"])
+        fields = {field: self._redaction.log_field(field, value) for field, value in fields.items()}
         if actor is not None:
-            fields["actor"] = actor.kind if actor.user_id is None else str(actor.user_id)
+            fields["actor"] = actor.kind
+            if actor.user_id is not None:
+                fields["actor"] = self._redaction.log_field("user_id", actor.user_id)
         getattr(self._logger, level)(name, **fields)

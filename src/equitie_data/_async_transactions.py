@@ -1,0 +1,184 @@
+# Written by tools/make_async.py from transactions.py: change that one, and run the program.
+# fmt: off
+# ruff: noqa: ASYNC110, E501, F401, I001, PLR0917, RUF022, RUF100, SLF001
+# mypy: disable-error-code="arg-type,assignment,attr-defined,list-item,no-any-return,unused-ignore"
+# pyright: reportArgumentType=false, reportUnusedImport=false
+"""What can be done to a transaction of which the id is known: ``Database.transactions``.
+
+An id carries the day its transaction was made for, so a lookup names the month and reads one partition (see
+docs/explanation/transaction-ids.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from equitie_data._event_loop import BoundedSemaphore, TaskHolder, TidiedFromThread, in_thread, settled
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+from psycopg.rows import tuple_row
+
+from equitie_data import _sql
+from equitie_data.errors import ConfigurationError, TransactionNotFoundError
+from equitie_data.transaction_id import day_of
+from equitie_data.transaction_row import (
+    BY_ID,
+    CORRECT_DATE,
+    IDS,
+    PLACE,
+    ROWS,
+    TransactionRow,
+    by_id_in_month,
+    checked_id,
+    places,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from psycopg import AsyncConnection
+
+    from equitie_data.routing import Consistency
+
+__all__ = ["AsyncTransactions"]
+
+
+class AsyncTransactions:
+    """Finds transactions by their ids, as whoever is acting: those of others are not found.
+
+    Args:
+        execute_read: `Database.execute_read`.
+        execute_write: `Database.execute_write`.
+    """
+
+    def __init__(self, execute_read: Callable[..., Any], execute_write: Callable[..., Any]) -> None:
+        self._execute_read = execute_read
+        self._execute_write = execute_write
+
+    async def get(
+        self, transaction_id: int, *, consistency: Consistency = "session", timeout: float | None = None
+    ) -> TransactionRow | None:
+        """Return a transaction, or ``None`` if there is none with this id that the acting user may see.
+
+        One round trip, and a second one if the transaction does not stand on the day its id carries.
+
+        Args:
+            transaction_id: Its id.
+            consistency: As in `Database.execute_read`.
+            timeout: As in `Database.execute_read`.
+        """
+        if checked_id(transaction_id) not in IDS:
+            return None
+        day = day_of(transaction_id)
+        rows: list[TransactionRow] = []
+        if day is not None:
+            rows = await self._execute_read(
+                by_id_in_month(day.year, day.month),
+                [transaction_id],
+                name="transactions.get",
+                consistency=consistency,
+                timeout=timeout,
+                row_factory=ROWS,
+            )
+        if not rows:
+            # Looks once more on the day itself: the transaction may have come back to it in between.
+            rows = await self._execute_read(
+                BY_ID,
+                [transaction_id],
+                name="transactions.get",
+                consistency=consistency,
+                timeout=timeout,
+                row_factory=ROWS,
+            )
+        return rows[0] if rows else None
+
+    async def get_many(
+        self, transaction_ids: Iterable[int], *, consistency: Consistency = "session", timeout: float | None = None
+    ) -> dict[int, TransactionRow]:
+        """Return those of several transactions that exist and may be seen, by id, in the order asked for.
+
+        All in one snapshot. One round trip, and two more if some do not stand on the days their ids carry.
+
+        Args:
+            transaction_ids: Their ids, any number of them.
+            consistency: As in `Database.execute_read`.
+            timeout: As in `Database.execute_read`.
+        """
+        wanted = list(dict.fromkeys(each for each in map(checked_id, transaction_ids) if each in IDS))
+        if not wanted:
+            return {}
+
+        async def operation(connection: AsyncConnection[Any]) -> dict[int, TransactionRow]:
+            found: dict[int, TransactionRow] = {}
+            days = {each: day for each in wanted if (day := day_of(each)) is not None}
+            rows = connection.cursor(row_factory=ROWS)
+            if days:
+                # Not prepared: a plan kept for any days would lock every partition.
+                await rows.execute(_sql.query("transactions_at_places"), places(days), prepare=False)
+                found = {row.transaction_id: row for row in await rows.fetchall()}
+            missing = [each for each in wanted if each not in found]
+            if missing:
+                strays = connection.cursor(row_factory=tuple_row)
+                await strays.execute(_sql.query("transactions_stray_places"), [missing])
+                days = dict(await strays.fetchall())
+                if days:
+                    await rows.execute(_sql.query("transactions_at_places"), places(days), prepare=False)
+                    found.update({row.transaction_id: row for row in await rows.fetchall()})
+            return {each: found[each] for each in wanted if each in found}
+
+        found: dict[int, TransactionRow] = await self._execute_read(
+            operation, name="transactions.get_many", consistency=consistency, timeout=timeout
+        )
+        return found
+
+    async def correct_date(
+        self,
+        transaction_id: int,
+        new_date: dt.date,
+        *,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+    ) -> TransactionRow:
+        """Correct a transaction's date; its id stays, and finds it as before.
+
+        Args:
+            transaction_id: Its id.
+            new_date: The day it should have had.
+            idempotency_key: As in `Database.execute_write`.
+            timeout: As in `Database.execute_write`.
+
+        Returns:
+            The corrected row.
+
+        Raises:
+            TransactionNotFoundError: There is no such transaction, or the acting user may not change it.
+        """
+        if isinstance(new_date, dt.datetime) or not isinstance(new_date, dt.date):
+            raise ConfigurationError("The new date must be a datetime.date: a time of day has no place in it.")
+        if checked_id(transaction_id) not in IDS:
+            raise TransactionNotFoundError
+
+        async def operation(connection: AsyncConnection[Any]) -> tuple[Any, ...]:
+            place, before = day_of(transaction_id), None
+            cursor = connection.cursor(row_factory=tuple_row)
+            while True:
+                if place is not None:
+                    await cursor.execute(CORRECT_DATE, [new_date, transaction_id, place], prepare=False)
+                    row = await cursor.fetchone()
+                    if row is not None:
+                        return row
+                await cursor.execute(PLACE, [transaction_id])
+                standing = await cursor.fetchone()
+                # It stays where it could not be changed, twice: policies hide it from updates. Otherwise it stands on
+                # another day than its id carries, or somebody else is moving it.
+                if standing is None or standing[0] == place == before:
+                    raise TransactionNotFoundError
+                before, place = place, standing[0]
+
+        # Tuples, because they can be kept for an idempotency key.
+        row = await self._execute_write(
+            operation, name="transactions.correct_date", idempotency_key=idempotency_key, timeout=timeout
+        )
+        return TransactionRow(*row)
