@@ -85,8 +85,10 @@ def command_lines(command: str, arguments: list[str], python: Path) -> list[list
         options = [argument for argument in arguments if argument not in {path.stem for path in programs}]
         return [[str(python), str(path), *options] for path in chosen]
     if command == "test":
-        # All of it takes minutes, most of which is waiting: workers share it out. What is picked out runs alone.
-        return [[*module, "pytest", *(arguments or ["-n", "auto", "--maxprocesses=4"])]]
+        # All of it takes minutes, half of which is waiting: workers share it out, two to a processor. What is picked
+        # out runs alone.
+        workers = min(2 * (os.cpu_count() or 1), 4)
+        return [[*module, "pytest", *(arguments or ["-n", str(workers)])]]
     return [[*module, "equitie_data", "demo", *arguments]]
 
 

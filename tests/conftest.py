@@ -32,10 +32,15 @@ WANTED_MAJORS = (18, 15)
 # always runs on all.
 ON_THE_NEWEST_ALONE = (
     "tests/deployment/",
+    "tests/integration/test_bulk.py",
+    "tests/integration/test_testing_plugin.py",
     "tests/legacy/",
     "tests/migration/test_access_matrix.py",
     "tests/migration/test_baseline.py",
     "tests/migration/test_catalogs.py",
+    "tests/migration/test_conversion_interrupted.py",
+    "tests/migration/test_conversion_live.py",
+    "tests/migration/test_decisions.py",
     "tests/migration/test_directories.py",
     "tests/migration/test_indexes.py",
     "tests/migration/test_locks.py",
@@ -44,6 +49,9 @@ ON_THE_NEWEST_ALONE = (
     "tests/migration/test_policy_plans.py",
     "tests/migration/test_query_plans.py",
     "tests/migration/test_repair.py",
+    "tests/migration/test_steps.py",
+    "tests/migration/test_transaction_months.py",
+    "tests/migration/test_visibility.py",
     "tests/security/",
 )
 
